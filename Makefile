@@ -1,0 +1,43 @@
+# make quickstart | test | parity | lint | bench | clean.  Each target sets .venv up by itself.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Python files are used from here (an editable install); these are the ones whose change needs a new build.
+BUILD_INPUTS := pyproject.toml setup.py $(shell find cllm -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
+# Prints the requirements of one extra, so that adding it does not compile the kernels again.
+EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
+
+.PHONY: quickstart test parity lint bench clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/cllm quickstart
+
+test: $(VENV)/installed $(VENV)/extra-test
+	$(BIN)/python -m pytest
+
+parity: $(VENV)/installed $(VENV)/extra-test $(VENV)/extra-parity
+	$(BIN)/python -m pytest tests/test_parity.py
+
+lint: $(VENV)/extra-test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/installed $(VENV)/extra-parity
+	$(BIN)/cllm bench --against torch
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find cllm \( -name '*.so' -o -name __pycache__ \) -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "CLLM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/pip
+	$(BIN)/pip install --editable .
+	touch $@
+
+$(VENV)/extra-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install $$($(BIN)/python -c '$(EXTRA)' $*)
+	touch $@

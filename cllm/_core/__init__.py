@@ -1,0 +1,1 @@
+"""Compiled Python objects: the buffer pool and the CPU's instruction sets."""

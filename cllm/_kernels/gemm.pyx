@@ -1,0 +1,274 @@
+"""Matrix products: C (M, N) = A (M, K) B (K, N) + add + bias.
+
+K is cut into blocks and B's block is packed into panels as wide as a register tile (threads share
+this work); then each thread takes blocks of rows of A, small enough for its L2 cache, and runs the
+tiles of `tile.h` over all panels. Blocks of K depend on K alone, and an element is summed along K by one
+tile at a time in the order of k: the bits depend neither on the thread count nor on how M and N are cut.
+"""
+cimport numpy as cnp
+from cython cimport floating
+from cython.parallel cimport prange, threadid
+
+from cllm._kernels.tile cimport MR, NV, VBYTES, ceil_div, pack, pack_transposed, round_up, tile
+
+cnp.import_array()
+
+cdef extern from "scratch.h" nogil:
+    void* cllm_scratch(size_t n_bytes)
+
+# Bytes of a column of a K block: 768 float32 when A is read in place, 256 when it is packed (dW), so that
+# a packed block of A and a panel of B stay in L2 together.
+cdef Py_ssize_t K_BYTES = 768 * 4
+cdef Py_ssize_t K_BYTES_PACKED = 384 * 4
+cdef Py_ssize_t M_BLOCK = 192           # rows of A that stay in L2 over all panels
+cdef Py_ssize_t A_PANEL = 8 * MR        # rows of A packed side by side
+cdef Py_ssize_t N_CHUNK = 4096          # columns of B packed at a time: bounds the scratch memory
+# Below this many multiply-adds a second thread costs more than it brings (two parallel regions, 3 us each).
+cdef double SERIAL_BELOW = 400_000
+
+
+cdef void pack_panel(const floating* b, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize_t k, Py_ssize_t n,
+                     Py_ssize_t width, floating* y) noexcept nogil:
+    """y (k, width) = the first n columns of b, zeros in the others; one of b's strides is 1."""
+    if bcs == 1:
+        pack(b, brs, k, n, width, 1, y)
+    else:
+        pack_transposed(b, bcs, k, n, width, 1, y)
+
+
+cdef void row_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const floating* a, Py_ssize_t ars, Py_ssize_t acs,
+                    const floating* panels, Py_ssize_t width, Py_ssize_t panel_step, floating* c, Py_ssize_t ldc,
+                    const floating* add, Py_ssize_t ldadd, const floating* bias, floating* packed) noexcept nogil:
+    """c (m, n) = a (m, k) times the packed panels; a is packed first when its rows are not contiguous."""
+    cdef Py_ssize_t i, j, p, end, columns, n_rows
+    cdef const floating* source
+    if acs != 1:
+        for p from 0 <= p < m by A_PANEL:
+            n_rows = min(A_PANEL, m - p)
+            pack_panel(a + p * ars, acs, ars, k, n_rows, A_PANEL, packed + p * k)
+    for j from 0 <= j < n by width:
+        columns = min(width, n - j)
+        for p from 0 <= p < m by A_PANEL:
+            end = min(p + A_PANEL, m)
+            i = p
+            while i < end:
+                n_rows = min(MR, end - i)
+                source = a + i * ars if acs == 1 else packed + p * k + (i - p)
+                tile(n_rows, columns, k, source, ars if acs == 1 else 1, 1 if acs == 1 else A_PANEL,
+                     panels + j // width * panel_step, width, c + i * ldc + j, ldc,
+                     add + i * ldadd + j if add is not NULL else NULL, ldadd,
+                     bias + j if bias is not NULL else NULL)
+                i = i + MR
+
+
+cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
+              const floating* a, Py_ssize_t ars, Py_ssize_t acs,
+              const floating* b, Py_ssize_t brs, Py_ssize_t bcs,
+              floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd,
+              const floating* bias, int n_threads) noexcept nogil:
+    """c = a b + add + bias.  a: (M, K), b: (K, N) with strides of which one is 1; c, add: (M, N); bias: (N,).
+
+    add and bias may be NULL; add may be c itself. Returns -1 when there is no memory for the packed operands.
+    """
+    cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t k_limit = (K_BYTES if acs == 1 else K_BYTES_PACKED) // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t n_k = max(ceil_div(K, k_limit), 1)
+    cdef Py_ssize_t k_block = round_up(ceil_div(K, n_k), 16)
+    cdef Py_ssize_t n_chunk = min(N_CHUNK, round_up(N, width))
+    cdef Py_ssize_t m_block, n_m, n_split, panels_each, k0, k, n0, n, n_panels, p, task, a_size
+    cdef const floating* start
+    cdef const floating* last
+    cdef floating* scratch
+    cdef floating* packed
+    if M == 0 or N == 0:
+        return 0
+    if <double>M * N * max(K, 1) < SERIAL_BELOW:
+        n_threads = 1
+    # Equal blocks of rows, as many as a multiple of the threads; too few rows: columns are cut as well.
+    n_m = ceil_div(M, M_BLOCK * n_threads) * n_threads
+    m_block = round_up(ceil_div(M, n_m), MR)
+    n_m = ceil_div(M, m_block)
+    n_split = ceil_div(n_threads, n_m)
+    a_size = 0 if acs == 1 else round_up(m_block, A_PANEL) * k_block
+    scratch = <floating*>cllm_scratch((n_chunk * k_block + a_size * n_threads + 16) * sizeof(floating))
+    if scratch is NULL:
+        return -1
+    packed = scratch + n_chunk * k_block
+    for n0 from 0 <= n0 < N by n_chunk:
+        n = min(n_chunk, N - n0)
+        n_panels = ceil_div(n, width)
+        panels_each = ceil_div(n_panels, n_split)
+        k0 = 0
+        while True:
+            k = min(k_block, K - k0)
+            for p in prange(n_panels, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+                pack_panel(b + k0 * brs + (n0 + p * width) * bcs, brs, bcs, k, min(width, n - p * width), width,
+                           scratch + p * width * k_block)
+            start = add + n0 if add is not NULL else NULL
+            if k0 > 0:
+                start = c + n0
+            last = bias + n0 if bias is not NULL and k0 + k >= K else NULL
+            for task in prange(n_m * n_split, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+                grid_block(task, n_split, m_block, panels_each, M, n, k, a + k0 * acs, ars, acs, scratch, width,
+                           width * k_block, c + n0, ldc, start, ldc if k0 > 0 else ldadd, last,
+                           packed + a_size * threadid())
+            k0 = k0 + k
+            if k0 >= K:
+                break
+    return 0
+
+
+cdef void grid_block(Py_ssize_t task, Py_ssize_t n_split, Py_ssize_t m_block, Py_ssize_t panels_each,
+                     Py_ssize_t M, Py_ssize_t n, Py_ssize_t k, const floating* a, Py_ssize_t ars, Py_ssize_t acs,
+                     const floating* panels, Py_ssize_t width, Py_ssize_t panel_step, floating* c, Py_ssize_t ldc,
+                     const floating* add, Py_ssize_t ldadd, const floating* bias, floating* packed) noexcept nogil:
+    """One task of the grid: a block of rows times a share of the panels."""
+    cdef Py_ssize_t i = task // n_split * m_block
+    cdef Py_ssize_t p = task % n_split * panels_each
+    cdef Py_ssize_t j = p * width
+    if j >= n:
+        return
+    row_block(min(m_block, M - i), min(panels_each * width, n - j), k, a + i * ars, ars, acs,
+              panels + p * panel_step, width, panel_step, c + i * ldc + j, ldc,
+              add + i * ldadd + j if add is not NULL else NULL, ldadd, bias + j if bias is not NULL else NULL, packed)
+
+
+cdef int product(cnp.ndarray a, bint a_transposed, cnp.ndarray b, bint b_transposed, cnp.ndarray out,
+                 cnp.ndarray bias, bint accumulate, int n_threads) except -1:
+    """out (+)= op(a) op(b) + bias for C-contiguous matrices of one dtype."""
+    cdef Py_ssize_t M = out.shape[0], N = out.shape[1]
+    cdef Py_ssize_t K = a.shape[0] if a_transposed else a.shape[1]
+    cdef Py_ssize_t lda = a.shape[1], ldb = b.shape[1]
+    cdef Py_ssize_t ars = 1 if a_transposed else lda, acs = lda if a_transposed else 1
+    cdef Py_ssize_t brs = 1 if b_transposed else ldb, bcs = ldb if b_transposed else 1
+    cdef void* pa = cnp.PyArray_DATA(a)
+    cdef void* pb = cnp.PyArray_DATA(b)
+    cdef void* pc = cnp.PyArray_DATA(out)
+    cdef void* pbias = cnp.PyArray_DATA(bias) if bias is not None else NULL
+    cdef void* add = pc if accumulate else NULL
+    cdef bint single = cnp.PyArray_TYPE(out) == cnp.NPY_FLOAT
+    cdef int status
+    assert (a.shape[1] if a_transposed else a.shape[0]) == M
+    assert (b.shape[1] if b_transposed else b.shape[0]) == K and (b.shape[0] if b_transposed else b.shape[1]) == N
+    with nogil:
+        if single:
+            status = gemm[float](M, N, K, <float*>pa, ars, acs, <float*>pb, brs, bcs, <float*>pc, N,
+                                 <float*>add, N, <float*>pbias, n_threads)
+        else:
+            status = gemm[double](M, N, K, <double*>pa, ars, acs, <double*>pb, brs, bcs, <double*>pc, N,
+                                  <double*>add, N, <double*>pbias, n_threads)
+    if status != 0:
+        raise MemoryError("no memory for the packed operands of a matrix product")
+    return 0
+
+
+def linear_forward(cnp.ndarray x, cnp.ndarray weight, bias, cnp.ndarray out, int n_threads):
+    """out (N, O) = x (N, I) weight (O, I)^T + bias (O,)."""
+    product(x, False, weight, True, out, bias, False, n_threads)
+
+
+def linear_backward_input(cnp.ndarray dy, cnp.ndarray weight, cnp.ndarray dx, int n_threads):
+    """dx (N, I) = dy (N, O) weight (O, I)."""
+    product(dy, False, weight, False, dx, None, False, n_threads)
+
+
+def linear_backward_weight(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dweight, bint accumulate, int n_threads):
+    """dweight (O, I) (+)= dy (N, O)^T x (N, I)."""
+    product(dy, True, x, False, dweight, None, accumulate, n_threads)
+
+
+# Column sums -----------------------------------------------------------------------------------------
+
+cdef Py_ssize_t SUM_ROWS = 64       # rows in a partial sum: fixed, so that the bits do not depend on threads
+
+
+cdef void sum_block(const floating* x, Py_ssize_t n_rows, Py_ssize_t n, floating* out) noexcept nogil:
+    cdef Py_ssize_t i, j
+    for j in range(n):
+        out[j] = x[j]
+    for i in range(1, n_rows):
+        for j in range(n):
+            out[j] += x[i * n + j]
+
+
+cdef int column_sums_loop(const floating* x, Py_ssize_t n_rows, Py_ssize_t n, floating* out, bint accumulate,
+                          int n_threads) noexcept nogil:
+    cdef Py_ssize_t n_blocks = ceil_div(n_rows, SUM_ROWS), block, j
+    cdef floating* partial = <floating*>cllm_scratch((n_blocks * n + 1) * sizeof(floating))
+    cdef double total
+    if partial is NULL:
+        return -1
+    for block in prange(n_blocks, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        sum_block(x + block * SUM_ROWS * n, min(SUM_ROWS, n_rows - block * SUM_ROWS), n, partial + block * n)
+    for j in range(n):
+        total = 0                   # double: 64 partial sums of 64 rows lose nothing that float32 keeps
+        for block in range(n_blocks):
+            total = total + partial[block * n + j]
+        out[j] = <floating>(out[j] + total) if accumulate else <floating>total
+    return 0
+
+
+def column_sums(cnp.ndarray x, cnp.ndarray out, bint accumulate, int n_threads):
+    """out (N,) (+)= the sum over the rows of x (M, N): a bias gradient."""
+    cdef Py_ssize_t n_rows = x.shape[0], n = x.shape[1]
+    cdef void* px = cnp.PyArray_DATA(x)
+    cdef void* pout = cnp.PyArray_DATA(out)
+    cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT
+    cdef int status
+    assert out.shape[0] == n
+    if n_rows * n < 65536:          # 64k elements: 10 us, three times the cost of a parallel region
+        n_threads = 1
+    with nogil:
+        if single:
+            status = column_sums_loop[float](<float*>px, n_rows, n, <float*>pout, accumulate, n_threads)
+        else:
+            status = column_sums_loop[double](<double*>px, n_rows, n, <double*>pout, accumulate, n_threads)
+    if status != 0:
+        raise MemoryError("no memory for the partial sums of a bias gradient")
+
+
+# Batched products ------------------------------------------------------------------------------------
+
+
+cdef int matmul_loop(Py_ssize_t n_batch, const Py_ssize_t* ia, const Py_ssize_t* ib, Py_ssize_t M, Py_ssize_t N,
+                     Py_ssize_t K, const floating* a, Py_ssize_t ars, Py_ssize_t acs, const floating* b,
+                     Py_ssize_t brs, Py_ssize_t bcs, floating* out, int n_threads) noexcept nogil:
+    """Product i reads the matrices that start at a + ia[i] and b + ib[i]."""
+    cdef Py_ssize_t i
+    cdef int failed = 0
+    cdef bint across = n_batch >= n_threads and <double>n_batch * M * N * K >= SERIAL_BELOW
+    if not across:
+        for i in range(n_batch):
+            failed |= gemm(M, N, K, a + ia[i], ars, acs, b + ib[i], brs, bcs, out + i * M * N, N,
+                           <const floating*>NULL, 0, <const floating*>NULL, n_threads)
+    else:
+        for i in prange(n_batch, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+            failed |= gemm(M, N, K, a + ia[i], ars, acs, b + ib[i], brs, bcs, out + i * M * N, N,
+                           <const floating*>NULL, 0, <const floating*>NULL, 1)
+    return failed
+
+
+def matmul(cnp.ndarray a, cnp.ndarray ia, Py_ssize_t ars, Py_ssize_t acs,
+           cnp.ndarray b, cnp.ndarray ib, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize_t K,
+           cnp.ndarray out, int n_threads):
+    """out[i] (M, N) = a_i (M, K) b_i (K, N), where the matrices start ia[i] and ib[i] elements into a and b.
+
+    Strides count elements; one of each operand's two is 1. out: (n_batch, M, N), ia, ib: (n_batch,) intp.
+    """
+    cdef Py_ssize_t n_batch = out.shape[0], M = out.shape[1], N = out.shape[2]
+    cdef void* pa = cnp.PyArray_DATA(a)
+    cdef void* pb = cnp.PyArray_DATA(b)
+    cdef void* pout = cnp.PyArray_DATA(out)
+    cdef Py_ssize_t* pia = <Py_ssize_t*>cnp.PyArray_DATA(ia)
+    cdef Py_ssize_t* pib = <Py_ssize_t*>cnp.PyArray_DATA(ib)
+    cdef bint single = cnp.PyArray_TYPE(out) == cnp.NPY_FLOAT
+    cdef int status
+    with nogil:
+        if single:
+            status = matmul_loop[float](n_batch, pia, pib, M, N, K, <float*>pa, ars, acs, <float*>pb, brs, bcs,
+                                        <float*>pout, n_threads)
+        else:
+            status = matmul_loop[double](n_batch, pia, pib, M, N, K, <double*>pa, ars, acs, <double*>pb, brs, bcs,
+                                         <double*>pout, n_threads)
+    if status != 0:
+        raise MemoryError("no memory for the packed operands of a matrix product")

@@ -1,0 +1,335 @@
+"""The command line: `cllm COMMAND ...`, also `python -m cllm COMMAND ...`.
+
+Each command is a parser in `_parser` and a function of its name. Config keys are options too,
+`--SECTION.KEY VALUE`; they are taken out before argparse sees the rest, since which keys there are is
+`config`'s business. What a user got wrong ends in one sentence on stderr and exit status 2; any other
+exception is a bug of CLLM and shows its traceback. Heavy modules are imported by the command that needs
+them, so that `cllm --help` answers at once.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import cllm
+from cllm.errors import InputError, nearest
+
+__all__ = ["main"]
+
+
+def main(argv=None):
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        What follows `cllm`; by default the process's arguments.
+
+    Returns
+    -------
+    int
+        Exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 when the reader of the output has gone.
+    """
+    try:
+        status = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # `cllm info | head -1`: what is still buffered must not fail a second time at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except InputError as error:
+        return _complain(error, 2)
+    except OSError as error:
+        plain = error.strerror is None or error.filename is None
+        return _complain(error if plain else f"{error.strerror}: {error.filename}", 2)
+
+
+def _complain(message, status):
+    print("cllm:", " ".join(str(message).split()), file=sys.stderr)
+    return status
+
+
+def _dispatch(argv):
+    overrides = {}
+    if argv and argv[0] in ("train", "resume", "sweep"):
+        rest, overrides = _split_overrides(argv[1:])
+        argv = [argv[0], *rest]
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as done:  # after --help or --version
+        return done.code or 0
+    if options.command is None:
+        parser.print_help()
+        return 0
+    options.overrides = overrides
+    return options.run(options) or 0
+
+
+# Options ---------------------------------------------------------------------------------------------
+
+_OVERRIDE = re.compile(r"--([A-Za-z][\w-]*(?:\.[\w-]+)+)(?:=(.*))?", re.DOTALL)
+
+
+def _split_overrides(argv):
+    """Take `--section.key value`, `--section.key=value`, `--section.[no-]flag` out of `argv`.
+
+    Returns
+    -------
+    rest : list of str
+        What argparse is to read.
+    overrides : dict
+        Dotted key, with underscores, to parsed value; the last of several wins.
+    """
+    from cllm import config
+
+    flags = {key for key, words, _ in config.describe() if words == "true or false"}
+    rest, overrides = [], {}
+    argv = list(argv)
+    while argv:
+        match = _OVERRIDE.fullmatch(argv[0])
+        if match is None:
+            rest.append(argv.pop(0))
+            continue
+        option = argv.pop(0)
+        name, text = match[1].replace("-", "_"), match[2]
+        key = name.removeprefix("base.")
+        section, _, last = key.rpartition(".")
+        if last.startswith("no_") and f"{section}.{last[3:]}" in flags:
+            if text is not None:
+                raise InputError(f"{option}: an option with no- takes no value")
+            overrides[name[: -len(last)] + last[3:]] = False
+        elif text is None and key in flags and (not argv or argv[0] not in ("true", "false")):
+            overrides[name] = True
+        elif text is None and (not argv or argv[0].startswith("--")):
+            raise InputError(f"{option} needs a value: {option} VALUE")
+        else:
+            overrides[name] = config.parse_value(argv.pop(0) if text is None else text, key)
+    return rest, overrides
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are InputErrors and whose help may end in a computed table."""
+
+    def __init__(self, *, table=None, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.table = table
+
+    def format_help(self):
+        return super().format_help() + ("" if self.table is None else self.table())
+
+    def parse_args(self, args=None, namespace=None):
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            parser = options.parser if options.command else self
+            name = unknown[0].partition("=")[0]
+            kind = "option" if name.startswith("-") else "argument"
+            hint = nearest(name, [flag for flag in parser._option_string_actions if flag.startswith("--")])
+            raise InputError(f"unknown {kind} {name}{hint}; see {parser.prog} --help")
+        return options
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            kind = "command" if action.dest == "command" else action.metavar or action.dest
+            allowed = ", ".join(map(str, action.choices))
+            raise InputError(f"unknown {kind} {value!r}{nearest(value, action.choices)}; allowed: {allowed}")
+
+
+def _parser():
+    parser = _Parser(
+        prog="cllm",
+        description="Train small language models on this CPU, sweep hyperparameters over seeds, draw figures.",
+        epilog="example:\n  cllm quickstart\n\n`cllm COMMAND --help` says more, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"cllm {cllm.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(run, help, description, *examples, table=None):
+        name = run.__name__.removeprefix("_")
+        epilog = "\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {e}" for e in examples)])
+        sub = commands.add_parser(
+            name, help=help, description=textwrap.fill(description, 100), epilog=epilog, table=table
+        )
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    sub = command(
+        _quickstart,
+        "sweep, plot, train and sample on built-in text, in a few minutes",
+        "Sweep a tiny GPT over learning rates and seeds, draw the result, train a small GPT and let it write. "
+        "Files go to runs/. A second call reuses what is there.",
+        "cllm quickstart",
+    )
+    sub.add_argument("--short", action="store_true", help="far fewer steps, to check that everything works")
+
+    sub = command(
+        _train,
+        "train a model",
+        "Train a GPT as a TOML file and options say; without either, a small GPT on the built-in text. "
+        "The run goes to --run.dir, by default runs/CONFIG-N.",
+        "cllm train",
+        "cllm train char.toml --optim.lr 3e-3 --model.n-layer 6 --model.no-bias --run.dir runs/deeper",
+        table=_config_table,
+    )
+    sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="a run's configuration")
+
+    sub = command(
+        _resume,
+        "go on with a run that was stopped",
+        "Go on from a run's newest complete checkpoint, to the same weights as if it had never stopped. "
+        "A finished run is left as it is; --train.max-steps extends it.",
+        "cllm resume runs/char",
+        "cllm resume runs/char --train.max-steps 4000",
+    )
+    sub.add_argument("directory", metavar="RUN", help="a run's directory")
+
+    sub = command(
+        _sweep,
+        "train many settings, each with several seeds, and compare them",
+        "Run the trials of a sweep file and end in results.csv and a verdict. Running it again continues it. "
+        "Any key of the sweep's base is an option: --base.SECTION.KEY VALUE.",
+        "cllm sweep experiments/lr_sweep.toml",
+        "cllm sweep experiments/lr_sweep.toml --workers 2 --base.train.max-steps 100 --run.dir runs/trial",
+    )
+    sub.add_argument("file", metavar="SWEEP.toml", help="a sweep's configuration")
+    sub.add_argument("--run.dir", dest="directory", metavar="DIR", help="the sweep's directory")
+    sub.add_argument("--workers", type=_whole(1), metavar="N", help="trials at once (cores // threads)")
+    sub.add_argument("--dry-run", action="store_true", help="list the trials and train nothing")
+
+    sub = command(
+        _plot,
+        "draw the figures of runs or sweeps",
+        "Draw loss curves, and for a sweep its objective against what it varied, as PNG and SVG.",
+        "cllm plot runs/char",
+        "cllm plot runs/lr_sweep --out figures",
+    )
+    sub.add_argument("paths", metavar="RUN_OR_SWEEP", nargs="+", help="directories of runs or sweeps")
+    sub.add_argument("--out", metavar="DIR", help="where the files go (figures/ inside each directory)")
+
+    sub = command(
+        _sample,
+        "let a trained model write",
+        "Continue a prompt with a run's model.",
+        'cllm sample runs/char --prompt "def " --max-new-tokens 300 --temperature 0.8',
+    )
+    sub.add_argument("directory", metavar="RUN", help="a run's directory")
+    sub.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (a line break)")
+    sub.add_argument("--max-new-tokens", type=_whole(1), default=200, metavar="N", help="how many (200)")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest (1.0)")
+    sub.add_argument("--top-k", type=_whole(1), metavar="K", help="choose among the K likeliest (all)")
+    sub.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="another seed, another text (0)")
+    sub.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
+
+    command(
+        _info,
+        "versions, instruction set, threads, cache folder",
+        "Say what CLLM found on this machine.",
+        "cllm info",
+    )
+
+    sub = command(
+        _bench,
+        "time training steps, beside torch if wanted",
+        "Time a whole training step (forward, backward, clipping, AdamW) at three sizes: median and range.",
+        "cllm bench --against torch",
+        "cllm bench --sizes tiny,char --threads 1",
+    )
+    sub.add_argument("--against", choices=("torch",), metavar="torch", help="take turns with the same GPT in torch")
+    sub.add_argument("--sizes", metavar="NAMES", help="tiny, char, baby, with commas between (all)")
+    sub.add_argument("--threads", type=_whole(1), metavar="N", help="threads of both sides (all cores)")
+    return parser
+
+
+def _whole(least):
+    """An argparse type: a whole number, at least `least`."""
+
+    def whole(text):
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return whole
+
+
+def _config_table():
+    """Each config key as an option with its default and what it may be."""
+    from cllm import config
+
+    lines = ["", "config keys, in CONFIG.toml's sections or as options (n-layer is n_layer):"]
+    section = None
+    for key, words, default in config.describe():
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append(f"  [{section}]")
+        shown = "" if default is None else config.to_toml({"x": default}).partition(" = ")[2].strip()
+        lines.append(f"    --{key.replace('_', '-'):28} {shown:18} {words}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+# Commands --------------------------------------------------------------------------------------------
+
+
+def _train(options):
+    from cllm import config, train
+
+    trainer = train.Trainer(config.load(options.config, options.overrides))
+    return _fit(trainer)
+
+
+def _resume(options):
+    from cllm import train
+
+    return _fit(train.resume(options.directory, options.overrides))
+
+
+def _sweep(options):
+    from cllm import sweep
+
+    plan = sweep.Sweep.load(options.file, options.overrides)
+    if options.dry_run:
+        for trial in plan.trials():
+            print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
+        return 0
+    directory = options.directory or Path("runs", Path(options.file).stem)
+    try:
+        sweep.run(plan, directory, workers=options.workers)
+    except KeyboardInterrupt:
+        again = shlex.join([_command(), *sys.argv[1:]])
+        return _complain(f"interrupted; the same command continues the sweep: {again}", 130)
+
+
+def _plot(options):
+    from cllm import figures
+
+    for path in options.paths:
+        for written in figures.for_directory(path, out=options.out):
+            print(written)
+
+
+def _sample(options):
+    from cllm import train
+
+    model, tokenizer = train.load(options.directory, checkpoint=options.checkpoint)
+    print(_continue(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature,
+                    options.top_k, options.seed))  # fmt: skip
+
+
+def _continue(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=None, seed=0):
+    """The prompt and what the model writes after it, as text."""
+    from cllm.generate import generate
+
+    if not prompt:
+        raise InputError("the prompt is empty, it must have at least one character")
+    tokens = generate(model, tokenizer.encode(prompt)[None], max_new_tokens, temperature, top_k, seed)
+    return tokenizer.decode(tokens[0])

@@ -1,0 +1,440 @@
+"""A run's configuration: six sections, each a frozen dataclass beside its owner, to TOML and back.
+
+A section's fields and defaults are its dataclass's; here are the checks that all of them share: unknown
+sections and keys, types, NaN, and what holds between sections. Keys are dotted, ``optim.lr``. Each bad
+value is an InputError of one sentence that names the key, its value and what is allowed.
+"""
+
+import inspect
+import json
+import math
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from cllm import optim
+from cllm.data import DataConfig
+from cllm.errors import InputError, nearest
+from cllm.gpt import GPTConfig
+from cllm.optim import OptimConfig
+from cllm.schedules import ScheduleConfig
+
+__all__ = [
+    "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "load", "parse_value",
+    "to_dict", "to_toml", "unflatten",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """[train]: how long, in which portions, and what is written when.
+
+    Parameters
+    ----------
+    batch_size : int or "full"
+        Sequences in a micro-batch; "full" takes all windows of the training split.
+    grad_accum : int
+        Micro-batches in a step; their gradients are added before the update.
+    max_steps : int
+        Updates in the whole run.
+    eval_interval, sample_interval, checkpoint_interval : int
+        Steps between evaluations, generated lines, checkpoints. 0: no regular ones; the last step is
+        evaluated and has a checkpoint in any case.
+    seed : int
+        Initial weights, batch order, dropout and generated lines follow from it.
+    threads : int
+        Threads of the kernels; 0 keeps what the process uses. Results do not depend on it.
+    """
+
+    batch_size: int | typing.Literal["full"] = 12
+    grad_accum: int = 1
+    max_steps: int = 2000
+    eval_interval: int = 250
+    sample_interval: int = 0
+    checkpoint_interval: int = 500
+    seed: int = 1337
+    threads: int = 0
+
+    def __post_init__(self):
+        for name in ("batch_size", "grad_accum", "max_steps"):
+            value = getattr(self, name)
+            if value != "full" and value < 1:
+                raise InputError(f"{name} is {value}, it must be at least 1")
+        for name in ("eval_interval", "sample_interval", "checkpoint_interval", "seed", "threads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, it must be 0 or more")
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {self.seed}, it must be below 2**63")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """[run]: where the run's files go. An empty dir becomes runs/<config name>-<n> when the run starts."""
+
+    dir: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run's configuration. `model.vocab_size` is not part of it: the tokenizer decides."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: GPTConfig = field(default_factory=GPTConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        if self.schedule.min_lr > self.optim.lr:
+            raise InputError(
+                f"schedule.min_lr is {self.schedule.min_lr:g}, it must be at most optim.lr ({self.optim.lr:g})"
+            )
+
+
+SECTIONS = {f.name: f.type for f in fields(Config)}
+_HIDDEN = {"model.vocab_size", "optim.arguments"}
+
+
+# Reading ---------------------------------------------------------------------------------------------
+
+
+def load(path=None, overrides=None):
+    """The configuration that a TOML file and overrides give; what neither names keeps its default.
+
+    Parameters
+    ----------
+    path : path-like or None
+        A TOML file; None starts from the defaults alone.
+    overrides : dict, optional
+        Dotted keys to values, ``{"model.n_layer": 2}``; they win over the file.
+
+    Raises
+    ------
+    InputError
+        For what is not TOML, an unknown key, a wrong type, a value out of range.
+    FileNotFoundError
+        When there is no such file.
+    """
+    nested = {} if path is None else read_toml(path)
+    _check_keys(nested, path)
+    overrides = unflatten(overrides or {})
+    _check_keys(overrides, None)
+    for section, values in overrides.items():
+        nested[section] = {**nested.get(section, {}), **values}
+    return from_dict(nested, path)
+
+
+def read_toml(path):
+    """The nested dict of a TOML file; one-sentence errors."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config file {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, it must be a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}), it must be a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+
+
+def from_dict(nested, path=None):
+    """The Config of a nested dict such as `to_dict` gives; missing keys take their defaults.
+
+    Parameters
+    ----------
+    nested : dict of dicts
+    path : path-like, optional
+        The file that it came from, for messages.
+    """
+    _check_keys(nested, path)
+    where = f"{path}: " if path is not None else ""
+    sections = {}
+    for section, cls in SECTIONS.items():
+        values = dict(nested.get(section, {}))
+        if section == "optim":
+            values = _gather_arguments(values, where)
+        hints = typing.get_type_hints(cls)
+        for name, value in values.items():
+            if f"{section}.{name}" not in _HIDDEN:
+                values[name] = _typed(value, hints[name], f"{where}{section}.{name}")
+        try:
+            sections[section] = cls(**values)
+        except InputError as error:
+            raise InputError(f"{where}[{section}] {error}") from None
+    try:
+        return Config(**sections)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+
+
+def parse_value(text, key=None):
+    """The value that a command line's text stands for, read as TOML would.
+
+    ``"3e-4"`` is a float, ``"true"`` a bool, ``"0.9,0.99"`` a list, anything else a string. With the
+    dotted `key` given, text for a key that holds a string stays as it is (a folder may be named 12).
+    """
+    if key is not None:
+        section, _, name = key.partition(".")
+        if section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(name) is str:
+            return text
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    if list(parsed) == ["value"] and isinstance(parsed["value"], bool | int | float | str | list):
+        return parsed["value"]
+    if "," in text:
+        return [parse_value(part.strip()) for part in text.split(",")]
+    try:
+        return float(text)  # spellings that TOML lacks: .5 and 1.
+    except ValueError:
+        return text
+
+
+def _check_keys(nested, path):
+    """Raise for a section or key that no config has; the optimizers' own arguments are all allowed here."""
+    where = f"{path}: " if path is not None else ""
+    known = {section: _keys(section) for section in SECTIONS}
+    dotted = [f"{section}.{name}" for section, names in known.items() for name in names]
+    for section, values in nested.items():
+        if section not in SECTIONS:
+            key = f"[{section}]" if isinstance(values, dict) else section
+            hint = _homonym(section, known) or nearest(section, [*SECTIONS, *dotted])
+            raise InputError(f"{where}unknown key {key}{hint}; sections are {', '.join(SECTIONS)}")
+        if not isinstance(values, dict):
+            raise InputError(f"{where}{section} is {values!r}, it must be a section: [{section}]")
+        for name in values:
+            if name not in known[section]:
+                close = nearest(name, known[section])
+                hint = (
+                    close.replace('"', f'"{section}.', 1)
+                    if close
+                    else _homonym(name, known) or f"; [{section}] has {', '.join(known[section])}"
+                )
+                raise InputError(f"{where}unknown key {section}.{name}{hint}")
+
+
+def _homonym(name, known):
+    """A hint at the section that does have a key of this name, or ''."""
+    for section, names in known.items():
+        if name in names:
+            return f' (did you mean "{section}.{name}"?)'
+    return ""
+
+
+def _keys(section):
+    """The keys that [section] may hold, whichever optimizer is chosen."""
+    names = [f.name for f in fields(SECTIONS[section]) if f"{section}.{f.name}" not in _HIDDEN]
+    if section == "optim":
+        names += sorted({key for name in optim.BY_NAME for key in _optimizer_arguments(name)} - set(names))
+    return names
+
+
+def _gather_arguments(values, where):
+    """[optim]'s flat keys as OptimConfig's fields: the chosen optimizer's own go to `arguments`."""
+    own = typing.get_type_hints(OptimConfig)
+    values = {"name": OptimConfig().name, **values}
+    name = values["name"]
+    if name not in optim.BY_NAME:
+        raise InputError(
+            f"{where}optim.name is {_shown(name)}{nearest(name, optim.BY_NAME)}, "
+            f"it must be one of {', '.join(optim.BY_NAME)}"
+        )
+    hints = _optimizer_arguments(name)
+    arguments = {}
+    for key in [key for key in values if key not in own]:
+        if key not in hints:
+            raise InputError(
+                f"{where}optim.{key} is not an argument of {name}, which takes {', '.join(hints)}"
+            )
+        arguments[key] = _typed(values.pop(key), hints[key], f"{where}optim.{key}")
+    return {**values, "arguments": arguments}
+
+
+def _optimizer_arguments(name):
+    """An optimizer's own arguments and their types, which its constructor's defaults show."""
+    parameters = inspect.signature(optim.BY_NAME[name]).parameters
+    return {
+        key: tuple[(float,) * len(p.default)] if isinstance(p.default, tuple)
+        else bool if isinstance(p.default, bool) else float
+        for key, p in parameters.items()
+        if key not in ("params", "lr")
+    }
+
+
+# Types -----------------------------------------------------------------------------------------------
+
+
+def _typed(value, hint, key):
+    """`value` as the annotation `hint` asks for; 2.0 passes as an int, 2 as a float, nothing as a bool."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if _fits(value, option):
+            return _converted(value, option)
+    words = [choice for option in options for choice in _choices(option)]
+    close = nearest(value, words) if isinstance(value, str) else ""
+    allowed = " or ".join(_named(option) for option in options if option is not types.NoneType)
+    raise InputError(f"{key} is {_shown(value)}{close}, it must be {allowed}")
+
+
+def _fits(value, option):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if option is int:
+        return number and math.isfinite(value) and value == int(value)
+    if option is float:
+        return number and math.isfinite(value)
+    if typing.get_origin(option) is tuple:
+        parts = typing.get_args(option)
+        return (
+            isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        )
+    if typing.get_origin(option) is typing.Literal:
+        return isinstance(value, str) and value in typing.get_args(option)
+    return isinstance(value, option)
+
+
+def _converted(value, option):
+    if typing.get_origin(option) is tuple:
+        return tuple(map(_converted, value, typing.get_args(option)))
+    return option(value) if option in (int, float) else value
+
+
+def _choices(option):
+    return typing.get_args(option) if typing.get_origin(option) is typing.Literal else ()
+
+
+def _named(option):
+    """An annotation in words."""
+    if typing.get_origin(option) is tuple:
+        return f"a list of {len(typing.get_args(option))} numbers"
+    if _choices(option):
+        return " or ".join(f'"{choice}"' for choice in _choices(option))
+    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[option]
+
+
+def _shown(value):
+    """A value as TOML would write it."""
+    return "none" if value is None else _toml(value)
+
+
+# Writing ---------------------------------------------------------------------------------------------
+
+
+def to_dict(config):
+    """The configuration as a nested dict of plain values, complete: `from_dict` gives an equal Config.
+
+    A value of None is left out, since TOML has none and all such fields default to it.
+    """
+    nested = {}
+    for section, cls in SECTIONS.items():
+        values = {f.name: getattr(getattr(config, section), f.name) for f in fields(cls)}
+        values.update(values.pop("arguments", {}))
+        nested[section] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None and f"{section}.{name}" not in _HIDDEN
+        }
+    return nested
+
+
+def to_toml(nested):
+    """A nested dict as TOML text: plain keys, then [sections]; lists of dicts become [[blocks]]."""
+    lines = []
+    _write_table(nested, (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _write_table(table, path, lines):
+    def is_table(value):
+        return isinstance(value, dict)
+
+    def is_blocks(value):
+        return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_table, value))
+
+    for key, value in table.items():
+        if not is_table(value) and not is_blocks(value):
+            lines.append(f"{_toml_key(key)} = {_toml(value)}")
+    for key, value in table.items():
+        header = ".".join(map(_toml_key, (*path, key)))
+        if is_table(value):
+            lines += ["", f"[{header}]"]
+            _write_table(value, (*path, key), lines)
+        elif is_blocks(value):
+            for block in value:
+                lines += ["", f"[[{header}]]"]
+                _write_table(block, (*path, key), lines)
+
+
+def _toml_key(key):
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for the one control character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    raise TypeError(f"TOML has no {type(value).__name__}")
+
+
+# Dotted keys -----------------------------------------------------------------------------------------
+
+
+def flatten(nested):
+    """``{"optim": {"lr": 1e-3}}`` as ``{"optim.lr": 1e-3}``."""
+    flat = {}
+    for section, values in nested.items():
+        if isinstance(values, dict):
+            flat.update({f"{section}.{name}": value for name, value in values.items()})
+        else:
+            flat[section] = values
+    return flat
+
+
+def unflatten(flat):
+    """``{"optim.lr": 1e-3}`` as ``{"optim": {"lr": 1e-3}}``."""
+    nested = {}
+    for key, value in flat.items():
+        section, dot, name = key.partition(".")
+        if dot:
+            nested.setdefault(section, {})[name] = value
+        else:
+            nested[section] = value
+    return nested
+
+
+def describe():
+    """Each key with its type in words and its default, for a command line's help.
+
+    Returns
+    -------
+    list of (str, str, object)
+        Dotted key, type, default. The default of an optimizer's own argument that the default optimizer
+        lacks is None: its constructor says.
+    """
+    defaults = flatten(to_dict(Config()))
+    rows = []
+    for section, cls in SECTIONS.items():
+        hints = dict(typing.get_type_hints(cls))
+        if section == "optim":
+            for name in optim.BY_NAME:
+                hints = {**_optimizer_arguments(name), **hints}
+        for name in _keys(section):
+            key, hint = f"{section}.{name}", hints[name]
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            words = " or ".join(_named(option) for option in options if option is not types.NoneType)
+            rows.append((key, words, defaults.get(key)))
+    return rows

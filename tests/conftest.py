@@ -1,0 +1,22 @@
+"""What all tests share: a token cache of their own and a small text."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Set before cllm is imported, so that workers and subprocesses inherit it; the user's cache stays untouched.
+_cache = tempfile.mkdtemp(prefix="cllm-test-cache-")
+os.environ["CLLM_CACHE"] = _cache
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A text file of 6 kB: enough for a few windows of 32 characters in each split."""
+    lines = [f"line {i}: the quick brown fox jumps over {i * i} lazy dogs.\n" for i in range(120)]
+    path = tmp_path / "text.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
