@@ -283,14 +283,27 @@ def _config_table():
 def _train(options):
     from cllm import config, train
 
-    trainer = train.Trainer(config.load(options.config, options.overrides))
-    return _fit(trainer)
+    name = {"name": Path(options.config).stem} if options.config else {}
+    return _status(train.Trainer(config.load(options.config, options.overrides), **name).fit())
 
 
 def _resume(options):
     from cllm import train
 
-    return _fit(train.resume(options.directory, options.overrides))
+    summary_path = Path(options.directory, "summary.json")
+    before = summary_path.read_bytes() if summary_path.is_file() else None
+    summary = train.resume(options.directory, options.overrides)
+    if before is not None and summary_path.read_bytes() == before:
+        print(
+            f"{options.directory} is finished after {summary['step']} steps, nothing was changed; to train longer: "
+            f"{_command()} resume {shlex.quote(options.directory)} --train.max-steps {2 * summary['step']}"
+        )
+    return _status(summary)
+
+
+def _status(summary):
+    """The exit status of a run: 1 when it failed, such as by a loss that is no longer finite."""
+    return 0 if summary["state"] == "finished" else 1
 
 
 def _sweep(options):
@@ -302,34 +315,95 @@ def _sweep(options):
             print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
         return 0
     directory = options.directory or Path("runs", Path(options.file).stem)
+    return _run_sweep(plan, directory, options.workers)
+
+
+def _run_sweep(plan, directory, workers=None):
+    from cllm import sweep
+
     try:
-        sweep.run(plan, directory, workers=options.workers)
+        sweep.run(plan, directory, workers=workers)
     except KeyboardInterrupt:
-        again = shlex.join([_command(), *sys.argv[1:]])
-        return _complain(f"interrupted; the same command continues the sweep: {again}", 130)
+        return _complain("interrupted; the same command again continues the sweep", 130)
+    return 0
 
 
 def _plot(options):
     from cllm import figures
 
     for path in options.paths:
-        for written in figures.for_directory(path, out=options.out):
+        out = options.out
+        if out is not None and len(options.paths) > 1:  # same file names: a folder for each
+            out = Path(out, Path(path).resolve().name)
+        for written in figures.for_directory(path, out=out):
             print(written)
+    return 0
 
 
 def _sample(options):
     from cllm import train
 
     model, tokenizer = train.load(options.directory, checkpoint=options.checkpoint)
-    print(_continue(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature,
-                    options.top_k, options.seed))  # fmt: skip
+    text = _continued(
+        model, tokenizer, options.prompt, options.max_new_tokens,
+        temperature=options.temperature, top_k=options.top_k, seed=options.seed,
+    )  # fmt: skip
+    print(text)
+    return 0
 
 
-def _continue(model, tokenizer, prompt, max_new_tokens, temperature=1.0, top_k=None, seed=0):
+def _continued(model, tokenizer, prompt, max_new_tokens, **choice):
     """The prompt and what the model writes after it, as text."""
     from cllm.generate import generate
 
     if not prompt:
         raise InputError("the prompt is empty, it must have at least one character")
-    tokens = generate(model, tokenizer.encode(prompt)[None], max_new_tokens, temperature, top_k, seed)
+    tokens = generate(model, tokenizer.encode(prompt)[None], max_new_tokens, **choice)
     return tokenizer.decode(tokens[0])
+
+
+def _info(options):
+    from cllm import _kernels, bench, data
+
+    print(f"cllm {cllm.__version__}")
+    rows = [
+        ("Python", f"{platform.python_version()}, {sys.executable}"),
+        ("NumPy", np.__version__),
+        ("CPU", bench.cpu_model()),
+        ("instruction sets", ", ".join(f"{isa} (in use)" if isa == _kernels.isa else isa for isa in _kernels.available)),
+        ("OpenMP", "yes" if _kernels.openmp else "no: the kernels run serially"),
+        ("threads", cllm.get_num_threads()),
+        ("cache", data.cache.folder()),
+    ]
+    for label, text in rows:
+        print(f"{label:17} {text}")
+    return 0
+
+
+def _bench(options):
+    from cllm import bench
+
+    sizes = None if options.sizes is None else options.sizes.split(",")
+    bench.run(sizes, against=options.against, threads=options.threads)
+    return 0
+
+
+# Quickstart ------------------------------------------------------------------------------------------
+
+
+def _quickstart(options):
+    from cllm import config, figures, sweep, train
+
+    folder = Path(cllm.__file__).resolve().parents[1] / "experiments"
+    sweep_file, train_file = folder / "quickstart_sweep.toml", folder / "quickstart_train.toml"
+    if not (sweep_file.is_file() and train_file.is_file()):
+        raise InputError(
+            "quickstart needs the experiments folder of CLLM's repository: clone it and run `make quickstart` there"
+        )
+    short = "-short" if options.short else ""
+    sweep_directory, run_directory = Path(f"runs/quickstart{short}-sweep"), Path(f"runs/quickstart{short}-train")
+    steps = {"base.train.max_steps": SHORT_SWEEP_STEPS} if options.short else {}
+    plan = sweep.Sweep.load(sweep_file, steps)
+    steps = {"train.max_steps": SHORT_TRAIN_STEPS} if options.short else {}
+    settings = config.load(train_file, {**steps, "run.dir": str(run_directory)})
+    ...

@@ -166,7 +166,10 @@ def from_dict(nested, path=None):
         try:
             sections[section] = cls(**values)
         except InputError as error:
-            raise InputError(f"{where}[{section}] {error}") from None
+            message = str(error)
+            if not message.startswith(f"{section}."):
+                message = f"{section}.{message}"  # a section's class need not know where it stands
+            raise InputError(where + message) from None
     try:
         return Config(**sections)
     except InputError as error:

@@ -13,8 +13,10 @@ import os
 import numpy as np
 
 from cllm._core.pool import empty
+from cllm._kernels import attention as _attention
 from cllm._kernels import gemm as _gemm
 from cllm._kernels import isa
+from cllm._kernels import optimizers as _optimizers
 
 __all__ = ["get_num_threads", "isa", "set_num_threads"]
 
@@ -297,6 +299,212 @@ def matmul(a, b, out=None):
     return out
 
 
+# Attention -------------------------------------------------------------------------------------------
+
+
+def _heads(function, name, x):
+    """x (B, H, T, D) with unit stride in D (copied when it has none)."""
+    if x.ndim != 4:
+        raise ValueError(f"{function}: {name} is {x.shape}, it must be (B, H, T, D)")
+    size = x.itemsize
+    if (x.strides[3] != size and x.shape[3] > 1) or not x.flags.aligned or any(s % size for s in x.strides):
+        return np.array(x, order="C")
+    return x
+
+
+def _attention_inputs(function, scale, dropout_p, **arrays):
+    """The arrays as heads of one dtype and fitting shapes, and the scale."""
+    dtype = np.asarray(arrays["q"]).dtype
+    heads = []
+    for name, x in arrays.items():
+        x = np.asarray(x)
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{function}: {name} is {x.dtype}, it must be float32 or float64")
+        if x.dtype != dtype:
+            raise TypeError(f"{function}: {name} is {x.dtype} but q is {dtype}; all must have one dtype")
+        heads.append(_heads(function, name, x))
+    shapes = {name: x.shape for name, x in zip(arrays, heads)}
+    q, k = shapes["q"], shapes["k"]
+    wanted = {"k": (q[0], q[1], k[2], q[3]), "v": k, "out": q, "dout": q}
+    for name, shape in shapes.items():
+        if name != "q" and shape != wanted[name]:
+            raise ValueError(f"{function}: {name} is {shape}, it must be {wanted[name]}, since q is {q} and k is {k}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
+    if scale is None:
+        scale = q[3] ** -0.5 if q[3] else 1.0
+    return [*heads, float(scale)]
+
+
+def attention_forward(q, k, v, is_causal=False, scale=None, out=None, *, dropout_p=0.0, key=0):
+    """Multi-head scaled dot-product attention, softmax(scale q k^T) v (Vaswani et al. 2017, equation 1).
+
+    Parameters
+    ----------
+    q : (B, H, T, D) array
+        Any strides; unit stride in D is read in place.
+    k, v : (B, H, S, D) arrays
+    is_causal : bool
+        Query i sees keys 0..i only.
+    scale : float, optional
+        1/sqrt(D) when None.
+    out : tuple of arrays, optional
+        For out (B, H, T, D) and lse (B, H, T).
+    dropout_p : float
+        Share of attention weights to drop, in [0, 1).
+    key : int
+        64 bits that choose the dropout mask.
+
+    Returns
+    -------
+    out : (B, H, T, D) array
+    lse : (B, H, T) array
+        The log-sum-exp of each row of scores, which the backward pass needs.
+
+    Raises
+    ------
+    ValueError
+        When shapes do not match, there are no keys, or `out` is unsuitable.
+    TypeError
+        When dtypes are mixed or not float32 or float64.
+
+    Notes
+    -----
+    Memory grows linearly with T and S: the (T, S) matrix is never stored.
+    """
+    q, k, v, scale = _attention_inputs("attention_forward", scale, dropout_p, q=q, k=k, v=v)
+    if k.shape[2] == 0 and q.size:
+        raise ValueError(f"attention_forward: k is {k.shape}, it must have at least one key")
+    shapes = (q.shape, q.shape[:3])
+    out, lse = _outs("attention_forward", out, ("out", "lse"), shapes, q.dtype, (q, k, v))
+    if lse.size:
+        _attention.attention_forward(q, k, v, out, lse, is_causal, scale, dropout_p, key, _n_threads)
+    return out, lse
+
+
+def attention_backward(
+    dout, q, k, v, out, lse, is_causal=False, scale=None, results=None, *, dropout_p=0.0, key=0
+):
+    """Gradients of `attention_forward`; scores are computed again from q, k and lse, block by block.
+
+    Parameters
+    ----------
+    dout, q, out : (B, H, T, D) arrays
+    k, v : (B, H, S, D) arrays
+    lse : (B, H, T) array
+    is_causal, scale, dropout_p, key
+        As in the forward pass.
+    results : tuple of three arrays, optional
+        Where dq, dk and dv go (`out` names an input here); None entries are allocated.
+
+    Returns
+    -------
+    dq : (B, H, T, D) array
+    dk, dv : (B, H, S, D) arrays
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `attention_forward`.
+
+    References
+    ----------
+    Dao et al. 2022, "FlashAttention", algorithm 4.
+    """
+    function = "attention_backward"
+    q, k, v, out, dout, scale = _attention_inputs(function, scale, dropout_p, q=q, k=k, v=v, out=out, dout=dout)
+    (lse,) = _inputs(function, lse=lse)
+    if lse.shape != q.shape[:3] or lse.dtype != q.dtype:
+        raise ValueError(f"{function}: lse is {lse.shape} {lse.dtype}, it must be {q.shape[:3]} {q.dtype}")
+    inputs = (dout, q, k, v, out, lse)
+    shapes = (q.shape, k.shape, k.shape)
+    dq, dk, dv = _outs(function, results, ("dq", "dk", "dv"), shapes, q.dtype, inputs)
+    if lse.size and k.shape[2]:
+        _attention.attention_backward(
+            dout, q, k, v, out, lse, dq, dk, dv, is_causal, scale, dropout_p, key, _n_threads
+        )
+    else:
+        for gradient in (dq, dk, dv):
+            gradient[...] = 0
+    return dq, dk, dv
+
+
+def _split_heads(x, n_head, parts=1):
+    """The `parts` views (B, H, T, D) of x (B, T, parts * H * D)."""
+    B, T, C = x.shape
+    return x.reshape(B, T, parts, n_head, C // parts // n_head).transpose(2, 0, 3, 1, 4)
+
+
+def _check_packed(function, qkv, n_head, dropout_p):
+    if qkv.ndim != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(f"{function}: qkv is {qkv.shape}, it must be (B, T, 3 C) with C divisible by {n_head} heads")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
+
+
+def packed_attention_forward(qkv, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0):
+    """Self-attention on queries, keys and values side by side, as one projection leaves them.
+
+    Parameters
+    ----------
+    qkv : (B, T, 3 C) array
+        Queries, keys, values; each with the heads side by side.
+    n_head : int
+        Heads; C must be divisible by it.
+    is_causal, scale, dropout_p, key
+        As `attention_forward`.
+
+    Returns
+    -------
+    out : (B, T, C) array
+    lse : (B, H, T) array
+    """
+    (qkv,) = _inputs("packed_attention_forward", qkv=qkv)
+    _check_packed("packed_attention_forward", qkv, n_head, dropout_p)
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    out, lse = empty((B, T, C), qkv.dtype), empty((B, n_head, T), qkv.dtype)
+    if out.size:
+        q, k, v = _split_heads(qkv, n_head, 3)
+        scale = (C // n_head) ** -0.5 if scale is None else float(scale)
+        heads = _split_heads(out, n_head)[0]
+        _attention.attention_forward(q, k, v, heads, lse, is_causal, scale, dropout_p, key, _n_threads)
+    return out, lse
+
+
+def packed_attention_backward(dout, qkv, out, lse, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0):
+    """Gradient of `packed_attention_forward` with respect to qkv.
+
+    Parameters
+    ----------
+    dout, out : (B, T, C) arrays
+    qkv : (B, T, 3 C) array
+    lse : (B, H, T) array
+    n_head, is_causal, scale, dropout_p, key
+        As in the forward pass.
+
+    Returns
+    -------
+    (B, T, 3 C) array
+    """
+    function = "packed_attention_backward"
+    dout, qkv, out, lse = _inputs(function, dout=dout, qkv=qkv, out=out, lse=lse)
+    _check_packed(function, qkv, n_head, dropout_p)
+    B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    for name, array, shape in (("dout", dout, (B, T, C)), ("out", out, (B, T, C)), ("lse", lse, (B, n_head, T))):
+        if array.shape != shape:
+            raise ValueError(f"{function}: {name} is {array.shape}, it must be {shape}")
+    dqkv = empty(qkv.shape, qkv.dtype)
+    if out.size:
+        q, k, v = _split_heads(qkv, n_head, 3)
+        dq, dk, dv = _split_heads(dqkv, n_head, 3)
+        scale = (C // n_head) ** -0.5 if scale is None else float(scale)
+        _attention.attention_backward(
+            _split_heads(dout, n_head)[0], q, k, v, _split_heads(out, n_head)[0], lse, dq, dk, dv,
+            is_causal, scale, dropout_p, key, _n_threads,
+        )  # fmt: skip
+    return dqkv
+
+
 # GELU feed-forward -----------------------------------------------------------------------------------
 
 
@@ -353,3 +561,246 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
     return dx, dw1, db1, dw2, db2
 
 
+
+
+# Optimizers ------------------------------------------------------------------------------------------
+
+
+def _updated(function, param, grad, **state):
+    """`grad` ready to be read; raises unless `param` and the state arrays can be changed in place."""
+    _, grad = _inputs(function, param=param, grad=grad)
+    _require(grad.shape == np.shape(param), function, f"grad is {grad.shape}, param is {np.shape(param)}")
+    seen = [grad]
+    for name, array in {"param": param, **state}.items():
+        if array is not None:
+            _check_out(function, array, grad.shape, grad.dtype, seen, name)
+            seen.append(array)
+    return grad
+
+
+def _check_scalars(function, fractions=(), **values):
+    """Raise unless each value is finite and not negative, and each of `fractions` is also below 1."""
+    for name, value in values.items():
+        if not 0 <= value < np.inf:  # also catches NaN
+            raise ValueError(f"{function}: {name} is {value}, it must be a finite number of at least 0")
+        if name in fractions and value >= 1:
+            raise ValueError(f"{function}: {name} is {value}, it must be below 1")
+
+
+def sgd_update(
+    param, grad, momentum_buffer=None, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
+    first=False, maximize=False,
+):  # fmt: skip
+    """Stochastic gradient descent: one step, in place.
+
+    .. code-block:: text
+
+        g = grad + weight_decay * param                    (-grad when maximize)
+        buffer = g                                         when first
+        buffer = momentum * buffer + (1 - dampening) * g   otherwise
+        param -= lr * (g + momentum * buffer)              when nesterov
+        param -= lr * buffer                               otherwise; lr * g without momentum
+
+    Parameters
+    ----------
+    param, grad : ndarray of one shape, float32 or float64
+        `param` is changed. `grad` may be strided or read-only.
+    momentum_buffer : ndarray like `param`, or None when momentum is 0
+        Changed. Momenta that decay below the smallest normal number become 0.
+    first : bool
+        Whether this is the first step: the buffer's contents are then not read.
+
+    Raises
+    ------
+    TypeError
+        For arrays that are not float32 or float64, or mixed.
+    ValueError
+        For unequal shapes, a strided, read-only or overlapping array to be changed, a scalar out of range.
+
+    References
+    ----------
+    Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep
+    learning", ICML 2013, in the form that PyTorch uses.
+    """
+    _check_scalars("sgd_update", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    _require(np.isfinite(dampening), "sgd_update", f"dampening is {dampening}, it must be finite")
+    if (momentum_buffer is None) != (momentum == 0):
+        raise ValueError(
+            f"sgd_update: momentum is {momentum}, momentum_buffer must be "
+            f"{'None' if momentum == 0 else 'an array like param'}"
+        )
+    _require(
+        not nesterov or (momentum > 0 and dampening == 0),
+        "sgd_update", "nesterov needs a momentum above 0 and a dampening of 0",
+    )  # fmt: skip
+    grad = _updated("sgd_update", param, grad, momentum_buffer=momentum_buffer)
+    _optimizers.sgd(
+        param, grad, momentum_buffer, -1.0 if maximize else 1.0, lr, weight_decay, momentum, 1 - dampening,
+        nesterov, first, _n_threads,
+    )  # fmt: skip
+
+
+def adam_update(
+    param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, v_max=None, maximize=False
+):
+    """Adam: one step, in place, with weight decay added to the gradient.
+
+    .. code-block:: text
+
+        g = grad + weight_decay * param                    (-grad when maximize)
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        param -= lr * m / (1 - beta1**step) / (sqrt(v / (1 - beta2**step)) + eps)
+
+    Parameters
+    ----------
+    param, grad : ndarray of one shape, float32 or float64
+        `param` is changed. `grad` may be strided or read-only.
+    m, v : ndarray like `param`
+        Running means of the gradient and of its square, zeros before the first step; changed. Values
+        below the smallest normal number become 0.
+    step : int
+        Which step this is, from 1.
+    v_max : ndarray like `param`, optional
+        The largest `v` so far (AMSGrad), used in its place; changed.
+
+    Raises
+    ------
+    TypeError
+        For arrays that are not float32 or float64, or mixed.
+    ValueError
+        For unequal shapes, a strided, read-only or overlapping array to be changed, a scalar out of range.
+
+    References
+    ----------
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015. Reddi, Kale and Kumar, "On
+    the Convergence of Adam and Beyond", ICLR 2018 (`v_max`).
+    """
+    _adam("adam_update", param, grad, m, v, step, lr, betas, eps, weight_decay, v_max, maximize, False)
+
+
+def adamw_update(
+    param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, v_max=None, maximize=False
+):
+    """AdamW: one step, in place. As `adam_update`, but the weights decay by themselves: the gradient is
+    left alone and ``param *= 1 - lr * weight_decay`` comes first.
+
+    References
+    ----------
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+    _adam("adamw_update", param, grad, m, v, step, lr, betas, eps, weight_decay, v_max, maximize, True)
+
+
+def _adam(function, param, grad, m, v, step, lr, betas, eps, weight_decay, v_max, maximize, decoupled):
+    beta1, beta2 = betas
+    _check_scalars(function, ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    _require(step >= 1, function, f"step is {step}, it must be at least 1")
+    grad = _updated(function, param, grad, m=m, v=v, v_max=v_max)
+    _optimizers.adam(
+        param, grad, m, v, v_max, -1.0 if maximize else 1.0, lr / (1 - beta1**step), beta1, beta2,
+        (1 - beta2**step) ** -0.5, eps, 1 - lr * weight_decay if decoupled else 1.0,
+        0.0 if decoupled else weight_decay, _n_threads,
+    )  # fmt: skip
+
+
+def rmsprop_update(
+    param, grad, v, *, lr, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, momentum_buffer=None,
+    grad_avg=None, maximize=False,
+):  # fmt: skip
+    """RMSprop: one step, in place.
+
+    .. code-block:: text
+
+        g = grad + weight_decay * param                    (-grad when maximize)
+        v = alpha * v + (1 - alpha) * g**2
+        u = g / (sqrt(v) + eps)
+        grad_avg = alpha * grad_avg + (1 - alpha) * g, and v - grad_avg**2 under the root     when given
+        u = buffer = momentum * buffer + u                                                    with momentum
+        param -= lr * u
+
+    Parameters
+    ----------
+    param, grad : ndarray of one shape, float32 or float64
+        `param` is changed. `grad` may be strided or read-only.
+    v : ndarray like `param`
+        Running mean of the squared gradient, zeros before the first step; changed.
+    momentum_buffer : ndarray like `param`, or None when momentum is 0
+        Zeros before the first step; changed.
+    grad_avg : ndarray like `param`, optional
+        Running mean of the gradient, zeros before the first step: gives the centred form; changed.
+
+    Raises
+    ------
+    TypeError
+        For arrays that are not float32 or float64, or mixed.
+    ValueError
+        For unequal shapes, a strided, read-only or overlapping array to be changed, a scalar out of range.
+
+    References
+    ----------
+    Tieleman and Hinton, "Lecture 6.5: RMSprop", 2012. Graves, "Generating Sequences With Recurrent
+    Neural Networks", 2013 (the centred form).
+    """
+    function = "rmsprop_update"
+    _check_scalars(function, ("alpha",), lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
+    if (momentum_buffer is None) != (momentum == 0):
+        raise ValueError(
+            f"{function}: momentum is {momentum}, momentum_buffer must be "
+            f"{'None' if momentum == 0 else 'an array like param'}"
+        )
+    grad = _updated(function, param, grad, v=v, momentum_buffer=momentum_buffer, grad_avg=grad_avg)
+    _optimizers.rmsprop(
+        param, grad, v, grad_avg, momentum_buffer, -1.0 if maximize else 1.0, lr, alpha, eps, weight_decay,
+        momentum, _n_threads,
+    )  # fmt: skip
+
+
+def gap(a, b):
+    """How many elements lie between the end of `a` and the start of `b` in memory, or -1.
+
+    It is -1 unless both are contiguous views of one contiguous array of their dtype, `b` begins less than
+    16 elements after `a` ends, and the elements between are zeros. A chain of such neighbours can be
+    updated as one array: see `span`.
+    """
+    return _optimizers.gap(a, b)
+
+
+def span(first, last):
+    """The flat view from the start of `first` to the end of `last`, which a chain of neighbours joins."""
+    return _optimizers.span(first, last)
+
+
+def sum_of_squares(x):
+    """The sum of the squares of all elements, added up in float64, as a float.
+
+    Parameters
+    ----------
+    x : ndarray of any shape, float32 or float64
+
+    Raises
+    ------
+    TypeError
+        For another dtype.
+    """
+    (x,) = _inputs("sum_of_squares", x=x)
+    return _optimizers.sum_of_squares(x, _n_threads)
+
+
+def scale_(x, factor):
+    """Multiply all elements by a number, in place.
+
+    Parameters
+    ----------
+    x : ndarray of any shape, float32 or float64
+        Contiguous and writable; changed.
+    factor : float
+
+    Raises
+    ------
+    TypeError, ValueError
+        When `x` cannot be changed in place.
+    """
+    (checked,) = _inputs("scale_", x=x)
+    _check_out("scale_", x, checked.shape, checked.dtype, (), "x")
+    _optimizers.scale(x, factor, _n_threads)

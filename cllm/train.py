@@ -23,6 +23,7 @@ import cllm
 from cllm import checkpoint as checkpoints
 from cllm import config as configs
 from cllm import data, kernels, optim, progress, records, rng, schedules
+from cllm.data.tokenizers import load_tokenizer
 from cllm.errors import InputError
 from cllm.files import write_atomic
 from cllm.generate import generate
@@ -38,6 +39,10 @@ SAMPLE_LENGTH = 80
 SAMPLE_TEMPERATURE = 0.8
 # What a resumed run may change: all else would make it another run.
 RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads")
+
+
+class _Diverged(Exception):
+    """The loss or the gradient is not finite any more; the message is one sentence for the summary."""
 
 
 class Trainer:
@@ -67,7 +72,7 @@ class Trainer:
         self.name = name
         self.stop = False
         self.step = 0
-        self.position = 0  # micro-batches consumed: all that the loader has to remember
+        self.position = 0  # micro-batches consumed, which is all that the loader has to remember
         self.seconds = 0.0
         self.train_loss = self.val_loss = self.best = None
 
@@ -103,18 +108,15 @@ class Trainer:
             val_fraction=config.data.val_fraction,
             test_fraction=config.data.test_fraction,
         )
+        # Says which split is too short for the model's block size, before anything is written.
         block_size = config.model.block_size
-        if len(self.text.train) <= block_size:
-            raise InputError(
-                f"model.block_size is {block_size}, but the training split of {config.data.source} has "
-                f"{len(self.text.train)} tokens: at most {len(self.text.train) - 1} is possible"
-            )
+        n_windows = self.text.train.n_windows(block_size)
+        if config.data.val_fraction > 0 or len(self.text.val):
+            self.text.val.n_windows(block_size)
         self.model = GPT(replace(config.model, vocab_size=self.text.vocab_size), seed=train.seed)
         self.optimizer = optim.build(config.optim, self.model.named_parameters())
         self.parameters = list(self.model.parameters())
-        self.batch_size = train.batch_size
-        if train.batch_size == "full":
-            self.batch_size = self.text.train.n_windows(block_size)
+        self.batch_size = n_windows if train.batch_size == "full" else train.batch_size
 
     def _create_directory(self):
         if self.config.run.dir:
@@ -141,7 +143,7 @@ class Trainer:
         self.model.load_state_dict(model_arrays)
         self.optimizer.load_arrays(optimizer_arrays)
         self.optimizer.steps = state["optimizer_steps"]
-        self.step, self.position, self.seconds = state["step"], state["position"], state["seconds"]
+        self.step, self.position, self.seconds = state["step"], state["position"]["index"], state["seconds"]
         self.train_loss, self.val_loss, self.best = state["train_loss"], state["val_loss"], state["best"]
 
     # The run
@@ -149,21 +151,21 @@ class Trainer:
     def _run(self):
         """Train from the current step to the last; write the summary."""
         train = self.config.train
-        threads_before = kernels.get_num_threads()
-        if train.threads:
-            kernels.set_num_threads(train.threads)
         shown = self.progress or progress.choose()
-        self.began = perf_counter() - self.seconds
-        self.recorder = records.Recorder(self.run_dir)
         shown.start(self)
+        threads_before = kernels.get_num_threads()
+        self.recorder = records.Recorder(self.run_dir)
+        self.began = perf_counter() - self.seconds
         state, error = "interrupted", None
         try:
+            if train.threads:
+                kernels.set_num_threads(train.threads)
             self.recorder.truncate(self.step)
             with _deferred_interrupt() as interrupt:
                 while self.step < train.max_steps and not self.stop:
                     self._step(shown, interrupt)
             state = "finished"
-        except FloatingPointError as diverged:
+        except _Diverged as diverged:
             state, error = "failed", str(diverged)
         except Exception as other:
             state, error = "failed", f"{type(other).__name__}: {other}"
@@ -184,7 +186,7 @@ class Trainer:
         self._log(record)
         shown.step(record)
         new_best = False
-        if self._due(train.eval_interval):
+        if self._due(train.eval_interval) and len(self.text.val):
             record = self._evaluate()
             new_best = self.best is None or record["loss"] < self.best["val_loss"]
             if new_best:
@@ -221,7 +223,7 @@ class Trainer:
         loss = total / count
         norm = optim.clip_grad_norm_(self.parameters, config.optim.grad_clip or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
+            raise _Diverged(
                 f"the loss is {loss:g} and the gradient's norm {norm:g} in step {self.step + 1} at learning "
                 f"rate {lr:g}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
             )
@@ -247,7 +249,7 @@ class Trainer:
         began = perf_counter()
         result = evaluate(self.model, self.text.val)
         if not math.isfinite(result["perplexity"]):
-            raise FloatingPointError(f"the validation loss is {result['loss']:g} after step {self.step}")
+            raise _Diverged(f"the validation loss is {result['loss']:g} after step {self.step}")
         self.val_loss = result["loss"]
         return {
             "step": self.step,
@@ -266,7 +268,10 @@ class Trainer:
         self.seconds = perf_counter() - self.began
         state = {
             "step": self.step,
-            "position": self.position,
+            "position": self.text.train.position(
+                self.position, self.batch_size, self.config.model.block_size
+            ),
+            "vocab_size": self.text.vocab_size,
             "optimizer_steps": self.optimizer.steps,
             "data_hash": self.text.hash,
             "train_loss": self.train_loss,
@@ -284,12 +289,11 @@ class Trainer:
             prompt = tokenizer.encode("\n")
         except InputError:  # a vocabulary without line ends
             prompt = self.text.train.array[:1]
-        length = SAMPLE_LENGTH + len(prompt)
         tokens = generate(
             self.model, prompt, SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
             seed=self.config.train.seed + self.step,
         )  # fmt: skip
-        line = tokenizer.decode(np.ravel(tokens)[len(prompt) : length])
+        line = tokenizer.decode(np.ravel(tokens)[len(prompt) :])
         return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in line)
 
     def _summary(self, state, error):
@@ -400,11 +404,11 @@ def load(run_dir, checkpoint="last"):
     path = checkpoints.newest(run_dir) if checkpoint == "last" else checkpoints.best(run_dir)
     if path is None:
         raise InputError(f"{run_dir} has no complete checkpoint yet; continue it with: cllm resume {run_dir}")
-    tokenizer = data.load_tokenizer(run_dir / "tokenizer.json")
-    model = GPT(replace(config.model, vocab_size=tokenizer.vocab_size), seed=config.train.seed)
-    model.load_state_dict(checkpoints.load(path)[0])
+    arrays, _, state = checkpoints.load(path)
+    model = GPT(replace(config.model, vocab_size=state["vocab_size"]), seed=config.train.seed)
+    model.load_state_dict(arrays)
     model.eval()
-    return model, tokenizer
+    return model, load_tokenizer(run_dir / "tokenizer.json")
 
 
 def evaluate(model, tokens, batch_size=None):
@@ -426,11 +430,9 @@ def evaluate(model, tokens, batch_size=None):
     Raises
     ------
     InputError
-        When the split has no token to predict.
+        When the split is shorter than one window.
     """
     block_size = model.config.block_size
-    if len(tokens) < 2:
-        raise InputError(f"an evaluation needs at least 2 tokens, but the split has {len(tokens)}")
     batch_size = batch_size or max(1, EVALUATION_TOKENS // block_size)
     training = model.training
     model.eval()

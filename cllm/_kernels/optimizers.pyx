@@ -21,7 +21,7 @@ cnp.import_array()
 cdef enum:
     BLOCK = 4096            # 16 KB of float32 an array
     LANES = 32              # partial sums of a block's squares
-    SERIAL_BELOW = 65536    # elements
+    SERIAL_BELOW = 65536    # elements; 65536 with a second thread: Adam 29 -> 20 us, scaling 3.1 -> 4.7 us
 
 
 cdef inline floating root(floating x) noexcept nogil:
@@ -303,3 +303,42 @@ def scale(cnp.ndarray x, double factor, int n_threads):
             scale_blocks[float](<float*>p, n, factor, n_threads)
         else:
             scale_blocks[double](<double*>p, n, factor, n_threads)
+
+
+# Neighbours ------------------------------------------------------------------------------------------
+
+
+def gap(cnp.ndarray a, cnp.ndarray b):
+    """How many elements lie between the end of a and the start of b, or -1.
+
+    -1 unless both are contiguous views of one contiguous array of their dtype, b begins less than 16
+    elements after a's end, and the elements between, the padding, are zero.
+    """
+    cdef object block = cnp.get_array_base(a)
+    if block is not cnp.get_array_base(b) or not isinstance(block, cnp.ndarray):
+        return -1
+    cdef cnp.ndarray base = block
+    cdef int kind = cnp.PyArray_TYPE(base)
+    if not (cnp.PyArray_IS_C_CONTIGUOUS(base) and cnp.PyArray_IS_C_CONTIGUOUS(a)
+            and cnp.PyArray_IS_C_CONTIGUOUS(b) and cnp.PyArray_TYPE(a) == kind and cnp.PyArray_TYPE(b) == kind):
+        return -1
+    cdef char* end = <char*>cnp.PyArray_DATA(a) + cnp.PyArray_NBYTES(a)
+    cdef Py_ssize_t i, size = cnp.PyArray_ITEMSIZE(a), distance = <char*>cnp.PyArray_DATA(b) - end
+    if distance < 0 or distance >= 16 * size:
+        return -1
+    for i in range(distance):
+        if end[i] != 0:
+            return -1
+    return distance // size
+
+
+def span(cnp.ndarray first, cnp.ndarray last):
+    """The flat view from first's first element to last's last one, for a chain of neighbours (`gap`)."""
+    if first is last:
+        return first
+    cdef cnp.ndarray base = cnp.get_array_base(first)
+    cdef char* origin = <char*>cnp.PyArray_DATA(base)
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(base)
+    cdef Py_ssize_t start = (<char*>cnp.PyArray_DATA(first) - origin) // size
+    cdef Py_ssize_t stop = (<char*>cnp.PyArray_DATA(last) - origin) // size + cnp.PyArray_SIZE(last)
+    return base.reshape(-1)[start:stop]

@@ -25,7 +25,8 @@ from cllm.data.tokens import Tokens
 from cllm.errors import InputError
 
 __all__ = [
-    "ByteTokenizer", "CharTokenizer", "DataConfig", "IdTokenizer", "Text", "Tokens", "load", "tokenizer_from_dict",
+    "ByteTokenizer", "CharTokenizer", "DataConfig", "IdTokenizer", "Text", "Tokens", "load",
+    "tokenizer_from_dict",
 ]  # fmt: skip
 
 # Raise it when the same input would give other tokens or splits: old cache entries are then not found.
@@ -40,8 +41,8 @@ class DataConfig:
     Parameters
     ----------
     source : str
-        A built-in name ("python-stdlib"), a UTF-8 text file, a folder of text files, a .bin token file, or a folder
-        with train.bin and val.bin.
+        A built-in name ("python-stdlib"), a UTF-8 text file, a folder of text files, a .bin token file, or
+        a folder with train.bin and val.bin.
     tokenizer : str
         "char" (one token for each character that the text has), "byte", or the path of a tokenizer.json.
     val_fraction, test_fraction : float
@@ -119,7 +120,8 @@ def load(
     Raises
     ------
     InputError
-        When the source cannot be used: empty, not UTF-8, an unknown name, a character that a given tokenizer lacks.
+        When the source cannot be used: empty, not UTF-8, an unknown name, a character that a given
+        tokenizer lacks.
     OSError
         When a file is missing or cannot be read.
 
@@ -157,8 +159,8 @@ def _cached(key, array, description):
         cache.write(key, array, description)
     except OSError as error:
         warnings.warn(
-            f"the token cache cannot be written ({error}), so the tokens stay in memory and are made again in "
-            "each run; set CLLM_CACHE to a folder that can be written",
+            f"the token cache cannot be written ({error}), so the tokens stay in memory and are made "
+            "again in each run; set CLLM_CACHE to a folder that can be written",
             stacklevel=3,
         )
     return cache.read(key) or (array, description)
@@ -228,8 +230,8 @@ def _from_token_files(files, tokenizer, config):
         if file.array.max() >= vocab_size:
             position = int((file.array >= vocab_size).argmax())
             raise InputError(
-                f"{file.path} has token {file.array[position]} at position {position}, but the vocabulary has "
-                f"{vocab_size} tokens, 0 to {vocab_size - 1}"
+                f"{file.path} has token {file.array[position]} at position {position}, but the vocabulary "
+                f"has {vocab_size} tokens, 0 to {vocab_size - 1}"
             )
     if "all" in files:
         array = files["all"].array
@@ -237,7 +239,8 @@ def _from_token_files(files, tokenizer, config):
     else:
         splits = {"test": described.array[:0]} | {name: file.array for name, file in files.items()}
     names = [
-        (name, file.array.dtype.str, hashlib.sha256(file.array.data).hexdigest()) for name, file in files.items()
+        (name, file.array.dtype.str, hashlib.sha256(file.array.data).hexdigest())
+        for name, file in files.items()
     ]
     return Text(
         config.source,

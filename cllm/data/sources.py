@@ -42,8 +42,8 @@ class TokenFile:
 def documents(source):
     """The documents of a built-in text, a UTF-8 file or a folder, sorted by name.
 
-    Of a folder, all files in it and below count, but for hidden ones (".git"), empty ones, and binary ones, which
-    are those with a zero byte in the first 8000 (git's rule).
+    Of a folder, all files in it and below count, but for hidden ones (".git"), empty ones, and binary ones,
+    which are those with a zero byte in the first 8000 (git's rule).
 
     Parameters
     ----------
@@ -101,8 +101,8 @@ def token_files(source):
     """The token files of a .bin path or of a folder with train.bin and val.bin.
 
     Tokens are little-endian uint16, as nanoGPT writes them, unless a .json file of the same name beside
-    the .bin says otherwise: ``{"dtype": "uint8" | "uint16" | "uint32", "vocab_size": N, "tokenizer": {...}}``,
-    each key optional.
+    the .bin says otherwise: ``{"dtype": "uint8" | "uint16" | "uint32", "vocab_size": N,
+    "tokenizer": {...}}``, each key optional.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def _folder(root):
 
 
 def _names(root, skip):
-    """Relative paths of the files below root, with "/", sorted; folders for which skip(name) holds left out."""
+    """Relative paths of the files below root, with "/", sorted; folders with skip(name) are left out."""
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if not skip(name)]

@@ -63,9 +63,9 @@ class CharTokenizer:
             position = min(text.index(character) for character in unknown)
             character = text[position]
             raise InputError(
-                f"{name} has the character {ascii(character)} (U+{ord(character):04X}) at position {position}, "
-                f"but this tokenizer knows only the {self.vocab_size} characters it was trained on: "
-                f"{_excerpt(self.characters)}"
+                f"{name} has the character {character!a} (U+{ord(character):04X}) at position "
+                f"{position}, but this tokenizer knows only the {self.vocab_size} characters that it was trained "
+                f"on: {_excerpt(self.characters)}"
             )
 
     def decode(self, tokens):
@@ -100,7 +100,7 @@ class ByteTokenizer:
             ) from None
 
     def decode(self, tokens):
-        """The tokens' text; bytes that are not UTF-8 become U+FFFD, as a sample may stop within a character."""
+        """The tokens' text; bytes that are not UTF-8 (a sample may stop within a character) become U+FFFD."""
         return _checked(tokens, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def to_dict(self):
@@ -191,4 +191,4 @@ def _checked(tokens, vocab_size):
 
 
 def _excerpt(characters, most=80):
-    return ascii(characters) if len(characters) <= most else f"{ascii(characters[:most])}, ..."
+    return ascii(characters) if len(characters) <= most else f"{characters[:most]!a}, ..."

@@ -1,8 +1,8 @@
 """One split's tokens, and the order in which training sees them.
 
 The order is a pure function of (seed, epoch, index): sample ``s = index * batch_size + i`` belongs to epoch
-``s // n_windows`` and takes window ``permutation(seed, epoch)[s % n_windows]``. The permutation is computed, not
-stored: a Feistel network over the next power of four, walked along its cycles until it lands inside
+``s // n_windows`` and takes window ``permutation(seed, epoch)[s % n_windows]``. The permutation is computed,
+not stored: a Feistel network over the next power of four, walked along its cycles until it lands inside
 (Black & Rogaway 2002). So seeking costs nothing, and nothing but the position needs saving.
 """
 
@@ -16,7 +16,7 @@ from cllm.errors import InputError
 __all__ = ["Tokens", "permute"]
 
 ROUNDS = 6
-CHUNK = 1024  # samples whose places are computed together: one by one, NumPy's calls would cost 0.2 ms a batch
+CHUNK = 1024  # samples whose places are computed together: NumPy needs 0.3 ms for 12, 0.5 ms for 1024
 
 
 class Tokens:
@@ -187,8 +187,7 @@ def _starts(chunk, n_tokens, block_size, seed):
     epochs, samples = np.divmod(samples, n)
     first = int(epochs[0])
     hashes = [
-        hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-        for epoch in range(first, int(epochs[-1]) + 1)
+        hashlib.sha256(f"{seed} {epoch}".encode()).digest() for epoch in range(first, int(epochs[-1]) + 1)
     ]
     keys = np.array([int.from_bytes(h[:8], "little") for h in hashes], np.uint64)
     # An epoch's grid of windows begins at a place of its own, so that tokens meet different neighbours.

@@ -1,0 +1,202 @@
+"""Softmax cross-entropy on rows of logits, with ignore_index and label smoothing.
+
+A row of up to 50000 logits stays in the second cache while it is read twice: its largest element, then
+the sum of exp(z - largest). Rows are independent; threads share them. Losses are written for each row and
+summed by the caller, in a fixed order.
+"""
+cimport numpy as cnp
+from cython cimport floating
+from cython.parallel cimport prange
+from libc.math cimport INFINITY, log
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
+
+cnp.import_array()
+
+cdef extern from "vmath.h" nogil:
+    float vexp "cllm_expf"(float)
+    double vexp "cllm_exp"(double)
+
+cdef enum:
+    CHUNK = 32              # groups of LANES elements summed before the sum goes on in double: rows are long
+# Under this many logits a second thread costs more than it brings.
+cdef Py_ssize_t SERIAL_BELOW = 16384
+
+
+cdef inline void load(const floating* z, Py_ssize_t n, floating* lane) noexcept nogil:
+    """The first n of LANES elements, then minus infinity, whose exponential is 0."""
+    cdef Py_ssize_t k
+    for k in range(n):
+        lane[k] = z[k]
+    for k in range(n, LANES):
+        lane[k] = -INFINITY
+
+
+cdef inline floating row_max(const floating* z, Py_ssize_t V) noexcept nogil:
+    """The largest element, or minus infinity; NaNs are passed over (they fail the comparison)."""
+    cdef Py_ssize_t group, k
+    cdef floating lane[LANES]
+    load(z, 0, lane)
+    for group in range(V // LANES):
+        for k in range(LANES):
+            lane[k] = z[k] if z[k] > lane[k] else lane[k]
+        z += LANES
+    for k in range(V % LANES):
+        lane[k] = z[k] if z[k] > lane[k] else lane[k]
+    for k in range(1, LANES):
+        lane[0] = lane[k] if lane[k] > lane[0] else lane[0]
+    return lane[0]
+
+
+cdef inline double row_sum_exp(const floating* z, floating shift, Py_ssize_t V) noexcept nogil:
+    """sum(exp(z - shift))."""
+    cdef Py_ssize_t groups = V // LANES, group, k
+    cdef floating lane[LANES]
+    cdef floating rest[LANES]
+    cdef double total = 0
+    while groups > 0:
+        lanes_clear(lane)
+        for group in range(min(<Py_ssize_t>CHUNK, groups)):
+            for k in range(LANES):
+                lane[k] += vexp(z[k] - shift)
+            z += LANES
+        total += lanes_total(lane)
+        groups -= CHUNK
+    if V % LANES > 0:
+        load(z, V % LANES, rest)
+        for k in range(LANES):
+            lane[k] = vexp(rest[k] - shift)
+        total += lanes_total(lane)
+    return total
+
+
+cdef inline double row_mean(const floating* z, floating shift, Py_ssize_t V) noexcept nogil:
+    """mean(z - shift)."""
+    cdef Py_ssize_t groups = V // LANES, group, k
+    cdef floating lane[LANES]
+    cdef double total = 0
+    while groups > 0:
+        lanes_clear(lane)
+        for group in range(min(<Py_ssize_t>CHUNK, groups)):
+            for k in range(LANES):
+                lane[k] += z[k] - shift
+            z += LANES
+        total += lanes_total(lane)
+        groups -= CHUNK
+    for k in range(V % LANES):
+        total += z[k] - shift
+    return total / V
+
+
+cdef void row_forward(const floating* z, int64_t target, bint ignored, double smoothing, Py_ssize_t V,
+                      floating* loss, floating* lse) noexcept nogil:
+    """loss = lse - (1 - smoothing) z[target] - smoothing mean(z), all taken from the largest element: exact
+    for logits of any size."""
+    cdef floating largest = row_max(z, V)
+    cdef double log_total = log(row_sum_exp(z, largest, V))
+    cdef double value
+    lse[0] = <floating>(largest + log_total)
+    if ignored:
+        loss[0] = 0
+        return
+    value = log_total - (1 - smoothing) * (z[target] - largest)
+    if smoothing > 0:
+        value -= smoothing * row_mean(z, largest, V)
+    loss[0] = <floating>value
+
+
+cdef void row_backward(const floating* z, int64_t target, double smoothing, floating lse, double dloss,
+                       Py_ssize_t V, floating* dz) noexcept nogil:
+    """dz = dloss (softmax(z) - (1 - smoothing) onehot(target) - smoothing / V); dz may be z.
+
+    exp(z - lse) is divided by its sum: a float32 lse of 1e4 is off by up to 5e-4, which the sum undoes.
+    Blocks go through a local array, so that the loops vectorise although dz may be z.
+    """
+    cdef Py_ssize_t groups = V // LANES, group, j, k
+    cdef floating lane[LANES]
+    cdef floating p[LANES]
+    cdef floating* out = dz
+    cdef double total = 0
+    cdef floating scale, shift
+    while groups > 0:
+        lanes_clear(lane)
+        for group in range(min(<Py_ssize_t>CHUNK, groups)):
+            for k in range(LANES):
+                p[k] = vexp(z[k] - lse)
+            for k in range(LANES):
+                lane[k] += p[k]
+            for k in range(LANES):
+                out[k] = p[k]
+            z += LANES
+            out += LANES
+        total += lanes_total(lane)
+        groups -= CHUNK
+    if V % LANES > 0:
+        load(z, V % LANES, p)
+        for k in range(LANES):
+            p[k] = vexp(p[k] - lse)
+        for k in range(V % LANES):
+            out[k] = p[k]
+        total += lanes_total(p)
+    scale = <floating>(dloss / total)
+    shift = <floating>(dloss * smoothing / V)
+    for j in range(V):
+        # Tails under 1e-30 become 0: times a small dloss they would be denormals, which slow the products.
+        dz[j] = (<floating>0 if dz[j] < <floating>1e-30 else dz[j]) * scale - shift
+    dz[target] -= <floating>(dloss * (1 - smoothing))
+
+
+cdef void forward(const floating* logits, const int64_t* targets, int64_t ignore_index, double smoothing,
+                  floating* losses, floating* lse, Py_ssize_t N, Py_ssize_t V, int n_threads) noexcept nogil:
+    """logits: (N, V); targets, losses, lse: (N,)."""
+    cdef Py_ssize_t i
+    for i in prange(N, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        row_forward(logits + i * V, targets[i], targets[i] == ignore_index, smoothing, V, losses + i, lse + i)
+
+
+cdef void backward(const floating* dlosses, const floating* logits, const int64_t* targets, const floating* lse,
+                   int64_t ignore_index, double smoothing, floating* dlogits, Py_ssize_t N, Py_ssize_t V,
+                   int n_threads) noexcept nogil:
+    """dlosses, targets, lse: (N,); logits, dlogits: (N, V), which may be the same array."""
+    cdef Py_ssize_t i
+    for i in prange(N, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        if targets[i] == ignore_index:
+            memset(dlogits + i * V, 0, V * sizeof(floating))
+        else:
+            row_backward(logits + i * V, targets[i], smoothing, lse[i], dlosses[i], V, dlogits + i * V)
+
+
+def cross_entropy_forward(cnp.ndarray logits, cnp.ndarray targets, int64_t ignore_index, double smoothing,
+                          cnp.ndarray losses, cnp.ndarray lse, int n_threads):
+    cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
+    cdef int64_t* t = <int64_t*>cnp.PyArray_DATA(targets)
+    if N * V < SERIAL_BELOW:
+        n_threads = 1
+    if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
+        with nogil:
+            forward(<float*>cnp.PyArray_DATA(logits), t, ignore_index, smoothing, <float*>cnp.PyArray_DATA(losses),
+                    <float*>cnp.PyArray_DATA(lse), N, V, n_threads)
+    else:
+        with nogil:
+            forward(<double*>cnp.PyArray_DATA(logits), t, ignore_index, smoothing, <double*>cnp.PyArray_DATA(losses),
+                    <double*>cnp.PyArray_DATA(lse), N, V, n_threads)
+
+
+def cross_entropy_backward(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray lse,
+                           int64_t ignore_index, double smoothing, cnp.ndarray dlogits, int n_threads):
+    cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
+    cdef int64_t* t = <int64_t*>cnp.PyArray_DATA(targets)
+    if N * V < SERIAL_BELOW:
+        n_threads = 1
+    if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
+        with nogil:
+            backward(<float*>cnp.PyArray_DATA(dlosses), <float*>cnp.PyArray_DATA(logits), t,
+                     <float*>cnp.PyArray_DATA(lse), ignore_index, smoothing, <float*>cnp.PyArray_DATA(dlogits), N, V,
+                     n_threads)
+    else:
+        with nogil:
+            backward(<double*>cnp.PyArray_DATA(dlosses), <double*>cnp.PyArray_DATA(logits), t,
+                     <double*>cnp.PyArray_DATA(lse), ignore_index, smoothing, <double*>cnp.PyArray_DATA(dlogits), N, V,
+                     n_threads)

@@ -1,0 +1,212 @@
+"""A run's directory, as records: writing them while it trains, reading them afterwards.
+
+metrics.jsonl has one JSON object a line: ``step`` (updates done), ``split``, and numbers. JSON has no NaN and no
+infinity: such a number is written as null and read as NaN. A number that was not measured has no key.
+"""
+
+import json
+import math
+import os
+import tomllib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from cllm.errors import InputError
+from cllm.files import write_atomic
+
+__all__ = ["Recorder", "Run", "load", "plain", "write_summary"]
+
+
+class Recorder:
+    """Appends records to a run's metrics.jsonl; each is with the operating system when `write` returns.
+
+    A line that a killed process left unfinished is dropped at once. A context manager that closes itself.
+
+    Parameters
+    ----------
+    run_dir : path-like
+        An existing folder.
+    """
+
+    def __init__(self, run_dir):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._open()
+        if self.path.read_bytes() != b"".join(line for line, _ in _lines(self.path)):
+            self._keep(lambda record: True)
+
+    def write(self, record):
+        """Append one record, a dict with at least "step" and "split"; NumPy numbers are welcome."""
+        if not {"step", "split"} <= record.keys():
+            raise ValueError(
+                f'a record needs "step" and "split"; this one has {", ".join(record) or "nothing"}'
+            )
+        line = json.dumps(plain(record), allow_nan=False)
+        self._file.write(f"{line}\n".encode())
+
+    def truncate(self, step):
+        """Drop all records after `step`, atomically; the others stay byte for byte."""
+        self._keep(lambda record: record["step"] <= step)
+
+    def close(self):
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _open(self):
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (kept open; close() ends it)
+
+    def _keep(self, wanted):
+        self._file.close()
+        write_atomic(self.path, b"".join(line for line, record in _lines(self.path) if wanted(record)))
+        self._open()
+
+
+def write_summary(run_dir, summary):
+    """Write a run's summary.json whole or not at all; numbers that are not finite become null."""
+    text = json.dumps(plain(summary), indent=2, allow_nan=False)
+    write_atomic(Path(run_dir) / "summary.json", text + "\n")
+
+
+class Run:
+    """One run's files; each is read when first asked for.
+
+    Parameters
+    ----------
+    path : path-like
+        The run's directory.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def __repr__(self):
+        return f"Run({str(self.path)!r})"
+
+    @cached_property
+    def config(self):
+        """config.toml as a flat dict: ``run.config["optim.lr"]``. Empty when there is none."""
+        try:
+            return _flat(tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{self.path / 'config.toml'} is not a TOML file: {error}") from None
+
+    @cached_property
+    def summary(self):
+        """summary.json as a dict; empty for a run that has not ended."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{self.path / 'summary.json'} is not a JSON file: {error}") from None
+        if not isinstance(summary, dict):
+            raise InputError(f"{self.path / 'summary.json'} is not a JSON object")
+        return summary
+
+    @cached_property
+    def records(self):
+        """metrics.jsonl as a list of dicts, in the order of writing; an unfinished last line is left out."""
+        return [record for _, record in _lines(self.path / "metrics.jsonl")]
+
+    @property
+    def state(self):
+        """ "finished" or "failed" as the summary says; "unfinished" without one."""
+        return self.summary.get("state", "unfinished")
+
+    def series(self, split, key):
+        """The values of `key` in the records of `split`.
+
+        Returns
+        -------
+        steps : ndarray
+            int64 (n,), of the records that have the key.
+        values : ndarray
+            float64 (n,); NaN where the number was not finite.
+        """
+        found = [
+            (record["step"], math.nan if record[key] is None else record[key])
+            for record in self.records
+            if record["split"] == split and key in record
+        ]
+        steps, values = zip(*found) if found else ((), ())
+        return np.array(steps, np.int64), np.array(values, np.float64)
+
+
+def load(path):
+    """The runs of a directory: itself, or a sweep's trials sorted by name.
+
+    Returns
+    -------
+    list of Run
+
+    Raises
+    ------
+    InputError
+        When `path` is a file, or a folder without a run.
+    FileNotFoundError
+        When there is nothing at `path`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such run or sweep: {path}")
+    if _is_run(path):
+        return [Run(path)]
+    trials = path / "trials"
+    runs = [Run(trial) for trial in sorted(trials.iterdir()) if _is_run(trial)] if trials.is_dir() else []
+    if not runs:
+        raise InputError(
+            f"{path} holds no run (config.toml, metrics.jsonl) and no sweep with trials (trials/*/config.toml)"
+        )
+    return runs
+
+
+def plain(value):
+    """A value as JSON has it: NumPy numbers and arrays as Python's, what is not finite as None, paths as str."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _is_run(path):
+    return any((path / name).is_file() for name in ("config.toml", "metrics.jsonl"))
+
+
+def _lines(path):
+    """The complete lines of a metrics.jsonl: each as bytes with its line end, and as a record."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not {"step", "split"} <= record.keys():
+                raise ValueError('"step" or "split" is missing')
+        except (ValueError, AttributeError) as error:
+            if number == len(lines):
+                break  # the process was killed while writing it
+            raise InputError(f"{path}, line {number}, is not a record: {error}") from None
+        found.append((line if line.endswith(b"\n") else line + b"\n", record))
+    return found
+
+
+def _flat(nested, prefix=""):
+    flat = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,366 @@
+"""The command line as a user meets it: what it prints, its exit status, and what it leaves on disk."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cllm import cli, config
+
+TINY = [
+    "--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "16",
+    "--train.batch-size", "4", "--train.max-steps", "12", "--train.eval-interval", "6",
+    "--train.checkpoint-interval", "6", "--schedule.warmup-steps", "2", "--train.threads", "1",
+]  # fmt: skip
+COMMANDS = ("quickstart", "train", "resume", "sweep", "plot", "sample", "info", "bench")
+
+
+@pytest.fixture
+def cllm(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder: cllm("info") -> (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        status = cli.main([str(word) for word in argv])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run of 12 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = folder / "plays.txt"
+    text.write_text("To be, or not to be: that is the question.\n" * 60, encoding="utf-8")
+    directory = folder / "run"
+    assert cli.main(["train", "--data.source", str(text), "--run.dir", str(directory), *TINY]) == 0
+    return directory
+
+
+def contents(folder):
+    """Every file below a folder with its bytes."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def assert_one_sentence(result, *words):
+    """Exit status 2, nothing but one line on stderr, and these words in it."""
+    status, out, err = result
+    assert status == 2
+    assert out == ""
+    assert err.startswith("cllm: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in err
+
+
+# Help --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_with_an_example(cllm, command):
+    status, out, err = cllm(command, "--help")
+    assert (status, err) == (0, "")
+    assert re.search(rf"examples?:\n  cllm {command}", out)
+    assert all(len(line) <= 110 for line in out.splitlines())
+
+
+def test_help_lists_the_commands_that_there_are(cllm):
+    status, out, _ = cllm("--help")
+    assert status == 0
+    listed = re.search(r"\ncommands:\n(.*?)\n\n", out, re.DOTALL)[1]
+    assert re.findall(r"^ {4}([\w-]+)", listed, re.MULTILINE) == list(COMMANDS)
+    assert cllm() == (0, out, "")
+
+
+def test_train_help_shows_every_config_key_with_its_default(cllm):
+    _, out, _ = cllm("train", "--help")
+    for key, default in config.flatten(config.to_dict(config.load())).items():
+        line = re.search(rf"^ *--{re.escape(key.replace('_', '-'))} .*$", out, re.MULTILINE)
+        assert line, key
+        assert config.to_toml({"x": default}).removeprefix("x = ").strip() in line[0]
+
+
+def test_version(cllm):
+    status, out, _ = cllm("--version")
+    assert status == 0
+    assert re.fullmatch(r"cllm \d+\.\d+\.\d+\S*\n", out)
+
+
+# Overrides ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.n-layer", "4"], {"model.n_layer": 4}),
+        (["--model.n_layer=4"], {"model.n_layer": 4}),
+        (["--optim.lr", "3e-4"], {"optim.lr": 3e-4}),
+        (["--optim.lr", "-1"], {"optim.lr": -1}),
+        (["--optim.betas", "0.9,0.99"], {"optim.betas": [0.9, 0.99]}),
+        (["--model.no-bias"], {"model.bias": False}),
+        (["--model.bias"], {"model.bias": True}),
+        (["--model.bias", "false"], {"model.bias": False}),
+        (["--model.bias=true"], {"model.bias": True}),
+        (["--optim.nesterov", "--optim.momentum", "0.9"], {"optim.nesterov": True, "optim.momentum": 0.9}),
+        (["--base.train.max-steps", "100"], {"base.train.max_steps": 100}),
+        (["--base.model.no-bias"], {"base.model.bias": False}),
+        (["--run.dir", "12"], {"run.dir": "12"}),
+        (["--data.source=a=b.txt"], {"data.source": "a=b.txt"}),
+        (["--train.seed", "1", "--train.seed", "2"], {"train.seed": 2}),
+    ],
+)
+def test_overrides(words, expected):
+    assert cli._split_overrides(words) == ([], expected)
+
+
+def test_overrides_leave_the_rest_to_argparse():
+    words = ["a.toml", "--model.bias", "b.toml", "--workers", "2", "--train.seed", "3", "--dry-run"]
+    rest, overrides = cli._split_overrides(words)
+    assert rest == ["a.toml", "b.toml", "--workers", "2", "--dry-run"]
+    assert overrides == {"model.bias": True, "train.seed": 3}
+
+
+# Bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], ["trian", '(did you mean "train"?)']),
+        (["train", "--model.n-leyer", "4"], ["model.n_leyer", "model.n_layer"]),
+        (["train", "--modle.n-layer", "4"], ["modle", "model"]),
+        (["train", "--modell", "4"], ["unknown option --modell"]),
+        (["train", "--model.n-layer"], ["--model.n-layer needs a value"]),
+        (["train", "--model.n-layer", "four"], ["model.n_layer", "four", "integer"]),
+        (["train", "--model.n-layer", "0"], ["n_layer", "0"]),
+        (["train", "--model.n-head", "3"], ["n_embd", "n_head", "128", "3"]),
+        (["train", "--optim.lr", "nan"], ["optim.lr", "nan"]),
+        (["train", "--optim.lr", "-1"], ["lr", "-1"]),
+        (["train", "--optim.name", "adamm"], ["adamm", "adam"]),
+        (["train", "--optim.momentum", "0.9"], ["momentum", "adamw"]),
+        (["train", "--schedule.name", "cosin"], ["cosin", "cosine"]),
+        (["train", "--data.source", "python-stdlibs"], ["python-stdlibs", '(did you mean "python-stdlib"?)']),
+        (["train", "--data.source", "missing.txt"], ["missing.txt"]),
+        (["train", "missing.toml"], ["missing.toml"]),
+        (["train", "a.toml", "b.toml"], ["unknown argument b.toml"]),
+        (["resume", "missing"], ["missing"]),
+        (["resume"], ["RUN"]),
+        (["sweep", "missing.toml"], ["missing.toml"]),
+        (["sweep", "missing.toml", "--workers", "0"], ["--workers", "0", "at least 1"]),
+        (["plot", "missing"], ["missing"]),
+        (["sample", "missing"], ["missing"]),
+        (["sample", "missing", "--top-k", "x"], ["--top-k", "x"]),
+        (["sample", "missing", "--checkpoint", "bset"], ["bset", "best", "last"]),
+        (["sample", "missing", "--tempreature", "1"], ["--tempreature", '(did you mean "--temperature"?)']),
+        (["bench", "--sizes", "tiny,chr"], ["chr", "char"]),
+        (["bench", "--threads", "0"], ["--threads", "at least 1"]),
+        (["info", "extra"], ["unknown argument extra"]),
+    ],
+)
+def test_bad_words_are_one_sentence(cllm, tmp_path, words, expected):
+    assert_one_sentence(cllm(*words), *expected)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", ["empty"]),
+        (b"short", ["block_size", "16"]),
+        (b"a" * 40 + b"\xff" + b"b" * 5000, ["UTF-8", "40"]),
+        ("grün\n".encode("latin-1") * 500, ["UTF-8", "2"]),
+    ],
+    ids=["empty", "short", "not UTF-8", "latin-1"],
+)
+def test_bad_text_is_one_sentence(cllm, tmp_path, content, expected):
+    (tmp_path / "text.txt").write_bytes(content)
+    words = ["train", *TINY, "--data.source", "text.txt", "--run.dir", "run"]
+    assert_one_sentence(cllm(*words), "text.txt", *expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_block_longer_than_the_text(cllm, tmp_path, text_file):
+    words = ["train", *TINY, "--data.source", text_file, "--model.block-size", "100000", "--run.dir", "run"]
+    assert_one_sentence(cllm(*words), "block_size", "100000")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_config_files(cllm, tmp_path):
+    (tmp_path / "key.toml").write_text("[optim]\nlearning_rate = 1e-3\n")
+    assert_one_sentence(cllm("train", "key.toml"), "key.toml", "optim.learning_rate")
+    (tmp_path / "nan.toml").write_text("[optim]\nlr = nan\n")
+    assert_one_sentence(cllm("train", "nan.toml"), "nan.toml", "optim.lr")
+    (tmp_path / "syntax.toml").write_text("[optim\n")
+    assert_one_sentence(cllm("train", "syntax.toml"), "syntax.toml")
+    assert_one_sentence(cllm("train", tmp_path), tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_directory_that_holds_a_run_is_refused(cllm, trained):
+    before = contents(trained)
+    assert_one_sentence(cllm("train", *TINY, "--run.dir", trained), trained, f"cllm resume {trained}")
+    assert contents(trained) == before
+
+
+def test_a_run_directory_that_is_a_file_or_below_one(cllm, text_file):
+    before = text_file.read_bytes()
+    for directory in (text_file, text_file / "run"):
+        words = ["train", *TINY, "--data.source", text_file, "--run.dir", directory]
+        assert_one_sentence(cllm(*words), text_file)
+    assert text_file.read_bytes() == before
+
+
+def test_a_prompt_outside_the_tokenizer(cllm, trained):
+    assert_one_sentence(cllm("sample", trained, "--prompt", "naïve"), "ï")
+    assert_one_sentence(cllm("sample", trained, "--prompt", ""), "prompt")
+    assert_one_sentence(cllm("sample", trained, "--prompt", "To", "--temperature", "nan"), "temperature")
+    assert_one_sentence(cllm("sample", trained, "--prompt", "To", "--temperature", "-1"), "temperature")
+
+
+def test_resuming_as_another_run_is_refused(cllm, trained):
+    before = contents(trained)
+    assert_one_sentence(cllm("resume", trained, "--model.n-layer", "2"), "model.n_layer")
+    assert_one_sentence(cllm("resume", trained, "--train.max-steps", "5"), "train.max_steps", "5", "12")
+    assert contents(trained) == before
+
+
+def test_a_missing_instruction_set_is_one_sentence():
+    result = subprocess.run(
+        [sys.executable, "-m", "cllm", "info"],
+        env={**os.environ, "CLLM_ISA": "x86-64-v9"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert_one_sentence((result.returncode, result.stdout, result.stderr), "x86-64-v9")
+
+
+# Commands ----------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run_and_sample_and_plot_read_it(cllm, trained, tmp_path):
+    names = {path.relative_to(trained).as_posix() for path in contents(trained)}
+    assert {"config.toml", "metrics.jsonl", "summary.json", "tokenizer.json"} <= names
+    assert "checkpoints/step-00000012/model.safetensors" in names
+
+    words = ["sample", trained, "--prompt", "To be", "--max-new-tokens", "20", "--seed", "3"]
+    status, out, err = cllm(*words)
+    assert (status, err) == (0, "")
+    assert out.startswith("To be")
+    assert len(out) == len("To be") + 20 + 1
+    assert cllm(*words) == (status, out, err)  # the same seed, the same text
+
+    status, out, _ = cllm("plot", trained, "--out", tmp_path / "figures")
+    assert status == 0
+    written = [Path(line) for line in out.splitlines()]
+    assert {path.suffix for path in written} == {".png", ".svg"}
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_a_finished_run_stays_as_it_is(cllm, trained):
+    before = contents(trained)
+    status, out, err = cllm("resume", trained)
+    assert (status, err) == (0, "")
+    assert "finished" in out
+    assert "--train.max-steps" in out
+    assert contents(trained) == before
+
+
+def test_runs_without_a_directory_are_numbered_after_their_config(cllm, tmp_path, text_file):
+    (tmp_path / "small.toml").write_text(f'[data]\nsource = "{text_file}"\n')
+    for n in (1, 2):
+        status, out, _ = cllm("train", "small.toml", *TINY)
+        assert status == 0
+        assert f"runs/small-{n}" in out
+        assert (tmp_path / f"runs/small-{n}/summary.json").is_file()
+
+
+def test_a_diverging_run_exits_with_1(cllm, text_file):
+    words = ["--data.source", text_file, "--optim.name", "sgd", "--optim.lr", "1e30", "--optim.grad-clip", "0"]
+    status, out, _ = cllm("train", *TINY, *words, "--run.dir", "run")
+    assert status == 1
+    assert "failed" in out
+
+
+def test_info(cllm):
+    status, out, err = cllm("info")
+    assert (status, err) == (0, "")
+    labels = [line[:16].strip() for line in out.splitlines()[1:]]
+    assert labels == ["Python", "NumPy", "CPU", "instruction sets", "OpenMP", "threads", "cache"]
+    assert "(in use)" in out
+    assert os.environ["CLLM_CACHE"] in out
+
+
+def test_bench_times_a_step(cllm):
+    status, out, err = cllm("bench", "--sizes", "tiny", "--threads", "1")
+    assert (status, err) == (0, "")
+    assert re.search(r"^tiny +L2 H2 C64 T32 B8 V65 +\d+\.\d+ \(\d+\.\d+ to \d+\.\d+\)", out, re.MULTILINE)
+
+
+SWEEP = """
+[sweep]
+base = "base.toml"
+seeds = [0, 1]
+[[space]]
+"optim.lr" = [1e-3, 1e-2]
+"""
+
+
+def test_sweep_lists_its_trials_and_runs_them(cllm, tmp_path, text_file):
+    (tmp_path / "base.toml").write_text(f'[data]\nsource = "{text_file}"\n[optim]\nname = "adamw"\n')
+    (tmp_path / "lr.toml").write_text(SWEEP)
+    base = [word.replace("--", "--base.") if word.startswith("--") else word for word in TINY]
+    before = contents(tmp_path)
+    status, out, _ = cllm("sweep", "lr.toml", *base, "--dry-run")
+    assert status == 0
+    assert re.findall(r"s\d{3}-seed\d", out) == ["s000-seed0", "s000-seed1", "s001-seed0", "s001-seed1"]
+    assert contents(tmp_path) == before
+
+    status, out, _ = cllm("sweep", "lr.toml", *base, "--workers", "2", "--run.dir", "sweeps/lr")
+    assert status == 0
+    assert len((tmp_path / "sweeps/lr/results.csv").read_text().splitlines()) == 5
+    status, out, _ = cllm("plot", "sweeps/lr")
+    assert status == 0
+    assert any("optim.lr" in line for line in out.splitlines())
+
+    assert_one_sentence(cllm("sweep", "lr.toml", "--base.train.max-stepz", "3"), "max_stepz", "max_steps")
+
+
+# Interruptions -----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_with_130_and_the_resume_command(tmp_path, text_file):
+    words = [*TINY, "--train.max-steps", "1000000", "--data.source", str(text_file), "--run.dir", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cllm", "train", *words],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "cllm resume run" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("words", [["info"], ["train", "--help"]])
+def test_a_reader_that_leaves_is_no_error(words):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "cllm", *words], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert result.stderr == ""
+    assert result.returncode == 141

@@ -1,0 +1,183 @@
+"""Configuration: defaults, TOML both ways, overrides, and one sentence for each bad value."""
+
+import math
+import re
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm import config as configs
+from cllm.config import Config, from_dict, load, parse_value, to_dict, to_toml
+from cllm.errors import InputError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "char.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_documented_ones():
+    config = load()
+    assert config == Config()
+    flat = configs.flatten(to_dict(config))
+    expected = {
+        "data.source": "python-stdlib", "data.tokenizer": "char",
+        "data.val_fraction": 0.1, "data.test_fraction": 0.0,
+        "model.n_layer": 4, "model.n_head": 4, "model.n_embd": 128, "model.block_size": 64,
+        "optim.name": "adamw", "optim.lr": 1e-3, "optim.betas": [0.9, 0.99],
+        "optim.weight_decay": 0.1, "optim.decay": "all", "optim.grad_clip": 1.0,
+        "schedule.name": "cosine", "schedule.warmup_steps": 100, "schedule.min_lr": 1e-4,
+        "train.batch_size": 12, "train.grad_accum": 1, "train.max_steps": 2000,
+        "train.eval_interval": 250, "train.sample_interval": 0, "train.checkpoint_interval": 500,
+        "train.seed": 1337, "train.threads": 0, "run.dir": "",
+    }  # fmt: skip
+    assert {key: flat[key] for key in expected} == expected
+
+
+def test_file_and_overrides(tmp_path):
+    path = write(tmp_path, '[model]\nn_layer = 2\nbias = false\n[train]\nmax_steps = 1e3\nbatch_size = "full"\n')
+    config = load(path, {"model.n_layer": 3, "optim.betas": [0.8, 0.9]})
+    assert config.model.n_layer == 3 and config.model.bias is False
+    assert config.train.max_steps == 1000 and type(config.train.max_steps) is int
+    assert config.train.batch_size == "full"
+    assert config.optim.arguments["betas"] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"optim.name": "sgd", "optim.momentum": 0.9, "optim.nesterov": True, "optim.lr": 0.1},
+        {"model.d_ff": 96, "model.dropout": 0.1, "train.batch_size": "full", "run.dir": 'a "b"\\c\n€'},
+    ],
+)
+def test_written_toml_is_complete_and_reloads_equal(tmp_path, overrides):
+    config = load(None, overrides)
+    path = write(tmp_path, to_toml(to_dict(config)))
+    assert load(path) == config
+    written = configs.flatten(tomllib.loads(path.read_text()))
+    defaults = configs.flatten(to_dict(load(None, {"optim.name": config.optim.name})))
+    assert set(defaults) <= set(written)
+
+
+def test_another_optimizer_starts_from_its_own_defaults():
+    assert "betas" not in to_dict(load(None, {"optim.name": "sgd"}))["optim"]
+    assert to_dict(load(None, {"optim.name": "adam"}))["optim"]["betas"] == [0.9, 0.999]
+    assert to_dict(load(None, {"optim.name": "sgd"}))["optim"]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nn_layr = 2", r'char.toml: unknown key model.n_layr \(did you mean "model.n_layer"\?\)'),
+        ("[model]\nlr = 2", r'unknown key model.lr \(did you mean "optim.lr"\?\)'),
+        ("[model]\nzzz = 2", r"unknown key model.zzz; \[model\] has n_layer|unknown key model.zzz; .*n_layer"),
+        ("[modle]\nn_layer = 2", r'unknown key \[modle\] \(did you mean "model"\?\)'),
+        ("lr = 1e-3", r'unknown key lr \(did you mean "optim.lr"\?\)'),
+        ("[model]\nvocab_size = 5", r"unknown key model.vocab_size"),
+        ("model = 3", r"model is 3, it must be a section: \[model\]"),
+        ("[optim]\nlr = nan", r"char.toml: optim.lr is nan, it must be a finite number"),
+        ("[optim]\nlr = inf", r"optim.lr is inf"),
+        ("[optim]\nlr = -1.0", r"optim.*lr.*-1"),
+        ("[optim]\nlr = 0.0", r"optim.*lr.*0"),
+        ("[optim]\nlr = true", r"optim.lr is true, it must be a finite number"),
+        ('[optim]\nlr = "fast"', r'optim.lr is "fast", it must be a finite number'),
+        ('[optim]\nname = "adamv"', r'optim.name is "adamv" \(did you mean "adamw"\?\), it must be one of'),
+        ("[optim]\nmomentum = 0.9", r"optim.momentum is not an argument of adamw, which takes .*betas"),
+        ("[optim]\nbetas = [0.9]", r"optim.betas is \[0.9\], it must be a list of 2 numbers"),
+        ("[optim]\nbetas = [0.9, 1.0]", r"optim.*betas.*1"),
+        ("[optim]\ngrad_clip = -1.0", r"optim.*grad_clip.*-1"),
+        ("[train]\nmax_steps = 2.5", r"train.max_steps is 2.5, it must be an integer"),
+        ("[train]\nmax_steps = true", r"train.max_steps is true, it must be an integer"),
+        ("[train]\nmax_steps = 0", r"char.toml: train.max_steps is 0, it must be at least 1"),
+        ("[train]\nbatch_size = 0", r"train.batch_size is 0, it must be at least 1"),
+        ('[train]\nbatch_size = "ful"', r'train.batch_size is "ful" \(did you mean "full"\?\), .*integer or "full"'),
+        ("[train]\ngrad_accum = 0", r"train.grad_accum is 0"),
+        ("[train]\neval_interval = -5", r"train.eval_interval is -5, it must be 0 or more"),
+        ("[train]\nthreads = -1", r"train.threads is -1"),
+        ("[train]\nseed = -1", r"train.seed is -1"),
+        ("[schedule]\nmin_lr = 1e-2", r"schedule.min_lr is 0.01, it must be at most optim.lr \(0.001\)"),
+        ("[schedule]\nwarmup_steps = -1", r"schedule.*warmup_steps.*-1"),
+        ('[schedule]\nname = "cosin"', r'schedule.*cosin.*did you mean "cosine"'),
+        ("[model]\nn_embd = 130", r"model.*n_embd.*130.*n_head.*4"),
+        ("[model]\nn_layer = 0", r"model.*n_layer.*0"),
+        ("[model]\ndropout = 1.5", r"model.*dropout.*1.5"),
+        ("[data]\nval_fraction = 1.0", r"data.*val_fraction.*1"),
+        ("[data]\nval_fraction = 0.6\ntest_fraction = 0.5", r"val_fraction.*test_fraction"),
+        ("[data]\nsource = 3", r"data.source is 3, it must be a string"),
+        ("[model\nn_layer = 2", r"char.toml is not valid TOML"),
+    ],
+)
+def test_bad_values_are_one_sentence(tmp_path, text, message):
+    with pytest.raises(InputError) as caught:
+        load(write(tmp_path, text))
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_override_names_the_key():
+    with pytest.raises(InputError, match=r'^unknown key model.n_heads \(did you mean "model.n_head"\?\)$'):
+        load(None, {"model.n_heads": 2})
+    with pytest.raises(InputError, match=r"^unknown key lr"):
+        load(None, {"lr": 2})
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no config file .*none\.toml$"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(InputError, match="is a folder"):
+        load(tmp_path)
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b"[run]\ndir = '\xe9'\n")
+    with pytest.raises(InputError, match=r"not UTF-8 text \(byte 13\)"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12), ("1e-3", 1e-3), (".5", 0.5), ("true", True), ("0.9,0.99", [0.9, 0.99]),
+        ("[64, 128]", [64, 128]), ("adamw", "adamw"), ("a b", "a b"), ('"12"', "12"), ("", ""),
+        ("1\nx = 2", "1\nx = 2"), ("2024-01-01", "2024-01-01"), ("full", "full"),
+    ],
+)  # fmt: skip
+def test_parse_value(text, value):
+    parsed = parse_value(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_parse_value_leaves_text_for_a_string_key():
+    assert parse_value("12", "run.dir") == "12"
+    assert parse_value("a,b.txt", "data.source") == "a,b.txt"
+    assert parse_value("12", "train.batch_size") == 12
+    assert math.isnan(parse_value("nan", "optim.lr"))
+
+
+scalars = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
+values = st.one_of(scalars, st.lists(scalars, max_size=3), st.lists(st.lists(scalars, max_size=3), max_size=3))
+tables = st.dictionaries(st.text(), values, max_size=4)
+
+
+@given(
+    st.dictionaries(st.text(), st.one_of(values, tables, st.lists(tables, min_size=1, max_size=3)), max_size=5)
+)
+def test_to_toml_is_read_back_the_same(nested):
+    assert tomllib.loads(to_toml(nested)) == nested
+
+
+def test_from_dict_inverts_to_dict():
+    config = load(None, {"model.n_embd": 64, "train.seed": 5})
+    assert from_dict(to_dict(config)) == config
+
+
+def test_describe_lists_each_key_with_type_and_default():
+    rows = {key: (words, default) for key, words, default in configs.describe()}
+    assert rows["train.max_steps"] == ("an integer", 2000)
+    assert rows["train.batch_size"] == ('an integer or "full"', 12)
+    assert rows["model.bias"] == ("true or false", True)
+    assert rows["optim.betas"] == ("a list of 2 numbers", [0.9, 0.99])
+    assert rows["optim.momentum"][1] is None and "model.vocab_size" not in rows
+    assert set(configs.flatten(to_dict(Config()))) <= set(rows)

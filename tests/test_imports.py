@@ -1,0 +1,102 @@
+"""Which module may import which, as a table; and what `import cllm` costs."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "cllm"
+
+# A module and the modules of CLLM that it may import, anywhere in its text. errors is open to all.
+MAY_IMPORT = {
+    "_core": set(),
+    "_kernels": {"_core"},
+    "bench": {"_kernels", "cllm", "gpt", "optim"},
+    "checkpoint": {"files"},
+    "cli": {"_kernels", "bench", "cllm", "config", "data", "figures", "generate", "records", "sweep", "train"},
+    "config": {"data", "gpt", "optim", "schedules"},
+    "data": {"files"},
+    "errors": set(),
+    "figures": {"records"},
+    "files": set(),
+    "functional": {"kernels", "rng", "tensor"},
+    "generate": {"gpt", "kernels", "rng", "tensor"},
+    "gpt": {"functional", "kernels", "nn", "rng", "tensor"},
+    "kernels": {"_core", "_kernels"},
+    "nn": {"functional", "kernels", "rng", "tensor"},
+    "optim": {"kernels", "tensor"},
+    "progress": set(),
+    "records": {"files"},
+    "reference": set(),
+    "rng": set(),
+    "schedules": set(),
+    "sweep": {"config", "files", "progress", "records", "train"},
+    "tensor": {"_core", "kernels", "rng"},
+    "train": {
+        "checkpoint", "cllm", "config", "data", "files", "generate", "gpt", "kernels", "optim", "progress",
+        "records", "rng", "schedules", "tensor",
+    },
+}  # fmt: skip
+AT_TOP = {"numpy", "cllm", *sys.stdlib_module_names}
+
+
+def module_of(path):
+    """The table's name of a source file: its first part below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(node):
+    """Dotted names that an import statement reaches: `from cllm import x` gives cllm.x."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "CLLM imports by full name"
+        if node.module == "cllm":
+            return [f"cllm.{alias.name}" for alias in node.names]
+        return [node.module]
+    return []
+
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if module_of(path) not in ("__init__", "__main__"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_in_the_allowed_direction(path):
+    module = module_of(path)
+    assert module in MAY_IMPORT, f"{module} is new: add a row to the table"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for name in imports(node):
+            parts = name.split(".")
+            if parts[0] == "cllm":
+                target = parts[1] if len(parts) > 1 else "cllm"
+                allowed = MAY_IMPORT[module] | {module, "errors"}
+                assert target in allowed, f"line {node.lineno}: {module} may not import {target}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_large_packages_are_imported_where_they_are_used(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {name.split(".")[0] for node in tree.body for name in imports(node)}
+    assert names <= AT_TOP
+
+
+@pytest.mark.parametrize("module", ["cllm", "cllm.kernels", "cllm.gpt", "cllm.train", "cllm.cli"])
+def test_an_import_pulls_in_no_large_package(module):
+    code = (
+        f"import {module}, json, sys; "
+        "print(json.dumps(sorted({'scipy', 'matplotlib', 'rich', 'safetensors', 'torch'} & set(sys.modules))))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output) == []
+
+
+def test_import_takes_under_a_quarter_second():
+    code = "import time; start = time.perf_counter(); import cllm; cllm.GPT; print(time.perf_counter() - start)"
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(7)
+    ]
+    assert min(seconds) < 0.25  # the best of several: a busy machine only makes it slower

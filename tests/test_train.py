@@ -1,0 +1,495 @@
+"""The Trainer: the same bits at any thread count, after a kill and resume, and clear ends of bad runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+
+import cllm
+from cllm import config as configs
+from cllm import data, optim, progress, records, schedules, train
+from cllm.errors import InputError
+from cllm.progress import Silent
+from cllm.train import Trainer, evaluate, load, resume
+
+WORDS = "to be or not that is the question whether nobler in mind suffer slings and arrows".split()
+
+
+@pytest.fixture
+def text_path(tmp_path):
+    """About 20 kB of made-up text."""
+    chosen = np.random.default_rng(0).choice(WORDS, 4000)
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(" ".join(chosen[i : i + 8]) for i in range(0, 4000, 8)), encoding="utf-8")
+    return path
+
+
+def tiny(text_path, run_dir, **overrides):
+    """A run of 20 steps that takes well under a second; keys with __ for the dot."""
+    values = {
+        "data.source": str(text_path), "run.dir": str(run_dir),
+        "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 32, "model.block_size": 16,
+        "model.dropout": 0.1, "optim.lr": 3e-3, "schedule.warmup_steps": 5,
+        "train.batch_size": 4, "train.max_steps": 20, "train.eval_interval": 10,
+        "train.checkpoint_interval": 7,
+    }  # fmt: skip
+    values.update({key.replace("__", "."): value for key, value in overrides.items()})
+    return configs.load(None, values)
+
+
+def fit(config, **options):
+    trainer = Trainer(config, progress=Silent(), **options)
+    return trainer, trainer.fit()
+
+
+def weights(run_dir):
+    return load(run_dir)[0].state_dict()
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def untimed(run_dir):
+    """The records as written, without timing fields."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    timing = re.compile(r"time.*|seconds|tokens_per_s|memory.*")
+    return [{k: v for k, v in json.loads(line).items() if not timing.fullmatch(k)} for line in lines]
+
+
+def snapshot(run_dir):
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in sorted(run_dir.rglob("*"))
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def callback(trainer, record):
+        if trainer.step == step:
+            raise Killed
+
+    return callback
+
+
+# What a run leaves -----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_is_promised(tmp_path, text_path):
+    run_dir = tmp_path / "run"
+    trainer, summary = fit(tiny(text_path, run_dir))
+    assert {path.name for path in run_dir.iterdir()} == {
+        "config.toml", "metrics.jsonl", "summary.json", "tokenizer.json", "checkpoints",
+    }  # fmt: skip
+    assert configs.load(run_dir / "config.toml") == trainer.config
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert summary["state"] == "finished" and summary["step"] == 20
+    assert summary["tokens"] == 20 * 4 * 16
+    assert summary["parameters"] == sum(p.data.size for p in trainer.model.parameters())
+    assert summary["memory_peak_mb"] > 10
+
+    lines = untimed(run_dir)
+    training = [r for r in lines if r["split"] == "train"]
+    assert [r["step"] for r in training] == list(range(1, 21))
+    schedule = trainer.config.schedule
+    assert [r["lr"] for r in training] == [schedules.at(schedule, i, 3e-3, 20) for i in range(20)]
+    assert [r["step"] for r in lines if r["split"] == "val"] == [10, 20]
+    assert lines[-1]["perplexity"] == pytest.approx(np.exp(lines[-1]["loss"]))
+    assert summary["val_loss"] == lines[-1]["loss"] and summary["train_loss"] == training[-1]["loss"]
+    assert training[-1]["loss"] < training[0]["loss"]
+
+    # The newest two checkpoints; the best evaluation was the last one.
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000014", "step-00000020"]
+    (run,) = records.load(run_dir)
+    steps, losses = run.series("val", "loss")
+    assert steps.tolist() == [10, 20] and losses[-1] == summary["val_loss"]
+
+
+def test_evaluation_is_the_mean_over_the_whole_split(tmp_path, text_path):
+    _, summary = fit(tiny(text_path, tmp_path / "run"))
+    model, tokenizer = load(tmp_path / "run")
+    text = data.load(text_path)
+    assert tokenizer.vocab_size == text.vocab_size and not model.training
+    tokens = text.val.array.astype(np.int64)
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        loss = model.loss(window[None, :-1], window[None, 1:], reduction="sum")
+        total += loss.item()
+    assert evaluate(model, text.val)["loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-6)
+    assert summary["val_loss"] == evaluate(model, text.val)["loss"]
+    assert evaluate(model, text.val)["tokens"] == len(tokens) - 1
+    assert evaluate(model, text.val, batch_size=3)["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+
+
+def test_best_checkpoint_is_kept(tmp_path, text_path):
+    # A learning rate that ruins the model after a good start: the best is an early step.
+    config = tiny(
+        text_path, tmp_path / "run", train__max_steps=30, train__eval_interval=5, optim__lr=3e-3,
+        schedule__name="constant", schedule__min_lr=0.0,
+    )  # fmt: skip
+
+    def ruin(trainer, record):
+        if trainer.step == 12:
+            trainer.model.flat_data *= 3.0
+
+    _, summary = fit(config, callbacks=[ruin])
+    _, losses = records.load(tmp_path / "run")[0].series("val", "loss")
+    best = 5 * (1 + int(np.argmin(losses)))
+    assert best <= 10 and summary["best"] == {"step": best, "val_loss": losses.min()}
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert f"step-{best:08d}" in names and "step-00000030" in names and len(names) == 3
+    text = data.load(text_path)
+    assert evaluate(load(tmp_path / "run", "best")[0], text.val)["loss"] == losses.min()
+    assert evaluate(load(tmp_path / "run", "last")[0], text.val)["loss"] == losses[-1]
+
+
+def test_by_hand_equals_trainer(tmp_path, text_path):
+    trainer, _ = fit(tiny(text_path, tmp_path / "run", model__dropout=0.0, train__max_steps=10))
+    config = trainer.config
+    text = data.load(text_path)
+    model = cllm.GPT(trainer.model.config, seed=config.train.seed)
+    optimizer = optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(10):
+        tokens, targets = text.train.batch(step, batch_size=4, block_size=16, seed=1337)
+        model.loss(tokens, targets).backward()
+        optim.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = schedules.cosine(step, lr=3e-3, warmup_steps=5, max_steps=10, min_lr=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, array in trainer.model.state_dict().items():
+        np.testing.assert_allclose(model.state_dict()[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_grad_accum_equals_the_big_batch(tmp_path, text_path):
+    base = {"model__dropout": 0.0, "train__max_steps": 10}
+    big, _ = fit(tiny(text_path, tmp_path / "big", train__batch_size=8, **base))
+    split, _ = fit(tiny(text_path, tmp_path / "split", train__batch_size=2, train__grad_accum=4, **base))
+    for a, b in zip(untimed(tmp_path / "big"), untimed(tmp_path / "split")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        if a["split"] == "train":
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_full_batch_is_every_window(tmp_path, text_path):
+    trainer, summary = fit(tiny(text_path, tmp_path / "run", train__batch_size="full", train__max_steps=2))
+    n = trainer.text.train.n_windows(16)
+    assert summary["tokens"] == 2 * n * 16
+
+
+def test_grad_clip_zero_is_off_and_the_norm_is_still_recorded(tmp_path, text_path):
+    base = {"train__max_steps": 3, "model__dropout": 0.0, "optim__name": "sgd", "optim__lr": 0.1}
+    fit(tiny(text_path, tmp_path / "off", optim__grad_clip=0.0, **base))
+    fit(tiny(text_path, tmp_path / "loose", optim__grad_clip=1e9, **base))
+    fit(tiny(text_path, tmp_path / "tight", optim__grad_clip=0.01, **base))
+    off, loose, tight = (untimed(tmp_path / name) for name in ("off", "loose", "tight"))
+    assert off == loose
+    assert off[0] == tight[0] and off[0]["grad_norm"] > 0.01  # before clipping
+    assert off[2]["loss"] < tight[2]["loss"]
+
+
+def test_without_validation_there_is_no_evaluation(tmp_path, text_path):
+    _, summary = fit(tiny(text_path, tmp_path / "run", data__val_fraction=0.0))
+    assert summary["val_loss"] is None and summary["best"] is None
+    assert {r["split"] for r in untimed(tmp_path / "run")} == {"train"}
+
+
+def test_callbacks_add_keys_and_stop(tmp_path, text_path):
+    def callback(trainer, record):
+        record["seen"] = trainer.step
+        if trainer.step == 12:
+            trainer.stop = True
+
+    _, summary = fit(tiny(text_path, tmp_path / "run"), callbacks=[callback])
+    assert summary["state"] == "finished" and summary["step"] == 12
+    lines = untimed(tmp_path / "run")
+    assert all(r["seen"] == r["step"] for r in lines)
+    assert lines[-1]["split"] == "val" and lines[-1]["step"] == 12
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
+
+
+# The same bits ---------------------------------------------------------------------------------------
+
+
+def test_one_and_two_threads_give_the_same_bits(tmp_path, text_path):
+    size = {"model__n_embd": 64, "model__block_size": 64, "train__batch_size": 12, "train__max_steps": 50}
+    before = cllm.get_num_threads()
+    for threads in (1, 2):
+        fit(tiny(text_path, tmp_path / f"{threads}", train__threads=threads, **size))
+        assert cllm.get_num_threads() == before
+    assert_same_weights(weights(tmp_path / "1"), weights(tmp_path / "2"))
+    assert untimed(tmp_path / "1") == untimed(tmp_path / "2")
+
+
+@pytest.fixture
+def unstopped(tmp_path, text_path):
+    fit(tiny(text_path, tmp_path / "unstopped", train__max_steps=100, train__checkpoint_interval=30))
+    return tmp_path / "unstopped"
+
+
+@pytest.mark.parametrize("step", [60, 67])
+def test_killed_and_resumed_equals_never_stopped(tmp_path, text_path, unstopped, step):
+    run_dir = tmp_path / "killed"
+    config = tiny(text_path, run_dir, train__max_steps=100, train__checkpoint_interval=30)
+    with pytest.raises(Killed):
+        fit(config, callbacks=[kill_at(step)])
+    assert records.load(run_dir)[0].state == "failed"
+    summary = resume(run_dir, progress=Silent())
+    assert summary["state"] == "finished" and summary["step"] == 100
+    assert_same_weights(weights(unstopped), weights(run_dir))
+    assert untimed(unstopped) == untimed(run_dir)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (path / "checkpoints" / "step-00000100" / name for path in (unstopped, run_dir))
+        assert a.read_bytes() == b.read_bytes()
+
+
+KILLED_BY_SIGNAL = """
+import os, signal, sys
+from cllm import config, progress, train
+
+def kill(trainer, record):
+    if trainer.step == 60:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+train.Trainer(config.load(sys.argv[1]), callbacks=[kill], progress=progress.Lines()).fit()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_killed_by_a_signal_and_resumed_equals_never_stopped(tmp_path, text_path, unstopped, name):
+    run_dir = tmp_path / "killed"
+    config = tiny(text_path, run_dir, train__max_steps=100, train__checkpoint_interval=25)
+    path = tmp_path / "config.toml"
+    path.write_text(configs.to_toml(configs.to_dict(config)), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BY_SIGNAL, path, name], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert not (run_dir / "summary.json").exists()
+    if name == "SIGINT":
+        # Ctrl-C waits for the end of the step and saves it.
+        assert f"interrupted at step 60; continue with: cllm resume {run_dir}" in done.stdout
+        assert (run_dir / "checkpoints" / "step-00000060").is_dir()
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 61, "split": "tr')  # a torn last line
+    resume(run_dir, progress=Silent())
+    assert_same_weights(weights(unstopped), weights(run_dir))
+    assert untimed(unstopped) == untimed(run_dir)
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path, text_path):
+    fit(tiny(text_path, tmp_path / "a"))
+    with pytest.raises(Killed):
+        fit(tiny(text_path, tmp_path / "b"), callbacks=[kill_at(4)])
+    assert not list((tmp_path / "b").glob("checkpoints/*"))
+    resume(tmp_path / "b", progress=Silent())
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text_path, unstopped):
+    run_dir = tmp_path / "killed"
+    config = tiny(text_path, run_dir, train__max_steps=100, train__checkpoint_interval=30)
+    with pytest.raises(Killed):
+        fit(config, callbacks=[kill_at(67)])
+    newest = sorted((run_dir / "checkpoints").iterdir())[-1] / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="step-00000060"):
+        resume(run_dir, progress=Silent())
+    assert untimed(unstopped) == untimed(run_dir)
+
+
+def test_finished_resume_changes_nothing(tmp_path, text_path):
+    run_dir = tmp_path / "run"
+    _, summary = fit(tiny(text_path, run_dir))
+    before = snapshot(run_dir)
+    assert resume(run_dir, progress=Silent()) == summary
+    assert resume(run_dir, {"train.max_steps": 20}, progress=Silent()) == summary
+    assert snapshot(run_dir) == before
+
+
+def test_resume_with_more_steps_goes_on(tmp_path, text_path):
+    run_dir = tmp_path / "run"
+    fit(tiny(text_path, run_dir))
+    summary = resume(run_dir, {"train.max_steps": 25}, progress=Silent())
+    assert summary["step"] == 25 and configs.load(run_dir / "config.toml").train.max_steps == 25
+    assert [r["step"] for r in untimed(run_dir) if r["split"] == "train"] == list(range(1, 26))
+
+
+def test_resume_completes_a_run_that_lacks_only_its_summary(tmp_path, text_path):
+    run_dir = tmp_path / "run"
+    _, summary = fit(tiny(text_path, run_dir))
+    (run_dir / "summary.json").unlink()
+    again = resume(run_dir, progress=Silent())
+    for key in ("state", "step", "train_loss", "val_loss", "best", "tokens", "parameters"):
+        assert again[key] == summary[key]
+
+
+# Bad input -------------------------------------------------------------------------------------------
+
+
+def test_resume_refuses_what_would_be_another_run(tmp_path, text_path):
+    run_dir = tmp_path / "run"
+    fit(tiny(text_path, run_dir))
+    before = snapshot(run_dir)
+    with pytest.raises(InputError, match=r"^model.n_layer cannot change when a run is resumed, only train.max"):
+        resume(run_dir, {"model.n_layer": 3})
+    with pytest.raises(InputError, match=r"train.max_steps is 10, but .* has done 20 steps already"):
+        resume(run_dir, {"train.max_steps": 10})
+    with pytest.raises(InputError, match="holds no run"):
+        resume(tmp_path)
+    text_path.write_text(text_path.read_text() + " more words to be")
+    with pytest.raises(InputError, match=r"words.txt has changed since"):
+        resume(run_dir, {"train.max_steps": 30})
+    assert snapshot(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__source": "missing.txt"}, r"missing.txt"),
+        ({"data__source": "python-stdlb"}, r'python-stdlb.*did you mean "python-stdlib"'),
+        ({"data__tokenizer": "chr"}, r'chr.*did you mean "char"'),
+        ({"model__block_size": 50000}, r"train split has \d+ tokens.*block_size = 50000"),
+        ({"data__val_fraction": 1e-4}, r"val split has \d+ tokens"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(tmp_path, text_path, overrides, message):
+    with pytest.raises((InputError, OSError), match=message):
+        fit(tiny(text_path, tmp_path / "run", **overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_used_directory_is_refused(tmp_path, text_path):
+    run_dir = tmp_path / "run"
+    fit(tiny(text_path, run_dir))
+    before = snapshot(run_dir)
+    with pytest.raises(InputError, match=rf"already holds a run.*`cllm resume {re.escape(str(run_dir))}`"):
+        fit(tiny(text_path, run_dir))
+    assert snapshot(run_dir) == before
+    with pytest.raises(InputError, match="is a file"):
+        fit(tiny(text_path, text_path))
+
+
+def test_default_directory_is_the_first_free_one(tmp_path, text_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in (1, 2):
+        trainer, _ = fit(tiny(text_path, "", train__max_steps=1), name="char")
+        assert str(trainer.run_dir) == f"runs/char-{n}" == trainer.config.run.dir
+
+
+def test_load_without_a_checkpoint(tmp_path, text_path):
+    with pytest.raises(Killed):
+        fit(tiny(text_path, tmp_path / "run"), callbacks=[kill_at(2)])
+    with pytest.raises(InputError, match=r"no complete checkpoint.*cllm resume"):
+        load(tmp_path / "run")
+    with pytest.raises(InputError, match='must be "last" or "best"'):
+        load(tmp_path / "run", "first")
+
+
+def test_diverged_run_fails_with_its_reason(tmp_path, text_path):
+    config = tiny(
+        text_path, tmp_path / "run", optim__name="sgd", optim__lr=1e30, optim__grad_clip=0.0,
+        schedule__warmup_steps=0, train__eval_interval=0,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer, summary = fit(config)
+    assert summary["state"] == "failed" and summary["step"] == trainer.step < 20
+    assert re.match(rf"the loss is .* in step {trainer.step + 1} at learning rate", summary["error"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert untimed(tmp_path / "run")[-1]["step"] == summary["step"]
+
+
+# What is shown ---------------------------------------------------------------------------------------
+
+
+def test_plain_lines(tmp_path, text_path, capsys):
+    config = tiny(text_path, tmp_path / "run", train__sample_interval=10)
+    Trainer(config).fit()
+    out = capsys.readouterr().out
+    assert re.search(r"^training: 0.03 M parameters on .*words.txt", out)
+    assert len(re.findall(r"^step \d+/20: loss", out, re.M)) == 10
+    assert len(re.findall(r"^step \d+: val loss", out, re.M)) == 2
+    samples = re.findall(r"^step (?:10|20): (?!val)(.*)$", out, re.M)
+    assert len(samples) == 2 and all(len(line) == train.SAMPLE_LENGTH for line in samples)
+    assert re.search(r"finished 20 steps: val loss .*peak memory \d+ MB.*next: cllm sample", out)
+
+
+def test_samples_change_nothing_and_are_the_same_again(tmp_path, text_path):
+    class Samples(Silent):
+        def __init__(self):
+            self.lines = []
+
+        def sample(self, step, text):
+            self.lines.append((step, text))
+
+    shown = [Samples(), Samples()]
+    for i in (0, 1):
+        Trainer(tiny(text_path, tmp_path / f"{i}", train__sample_interval=5), progress=shown[i]).fit()
+    fit(tiny(text_path, tmp_path / "none"))
+    assert shown[0].lines == shown[1].lines and len(shown[0].lines) == 4
+    assert untimed(tmp_path / "0") == untimed(tmp_path / "none")
+
+
+def test_bar_on_a_terminal(tmp_path, text_path):
+    import io
+
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    shown = progress.choose(stream)
+    assert isinstance(shown, progress.Bar)
+    Trainer(tiny(text_path, tmp_path / "run", train__sample_interval=10), progress=shown).fit()
+    out = stream.getvalue()
+    assert "20/20" in out and "tok/s" in out and "val loss" in out and "finished 20 steps" in out
+
+
+def test_duration():
+    assert [progress.duration(s) for s in (0.84, 42.2, 185, 7800)] == ["0.8 s", "42 s", "3 min 5 s", "2 h 10 min"]
+
+
+# Memory ----------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow(tmp_path, text_path):
+    seen = {}
+
+    def measure(trainer, record):
+        if record["split"] == "train" and trainer.step in (100, 2000):
+            seen[trainer.step] = (tracemalloc.get_traced_memory()[0], sum(pool_usage()), resident())
+
+    from cllm._core.pool import usage as pool_usage
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    config = tiny(
+        text_path, tmp_path / "run", model__n_layer=1, model__n_embd=16, train__max_steps=2000,
+        train__checkpoint_interval=0, train__eval_interval=50,
+    )  # fmt: skip
+    tracemalloc.start()
+    try:
+        fit(config, callbacks=[measure])
+    finally:
+        tracemalloc.stop()
+    (python, pool, rss), (python_end, pool_end, rss_end) = seen[100], seen[2000]
+    assert python_end - python < 200_000
+    assert pool_end == pool
+    assert rss_end - rss < 4_000_000
