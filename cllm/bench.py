@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import cllm
-from cllm import optim
+from cllm import kernels, optim
 from cllm.errors import InputError, nearest
 
 __all__ = ["SIZES", "Timing", "cpu_model", "environment", "measure", "run", "shape_of"]
@@ -65,11 +65,9 @@ def cpu_model():
 
 def environment():
     """What the numbers depend on, as (label, text) pairs."""
-    from cllm import _kernels
-
     return [
         ("CPU", cpu_model()),
-        ("instruction set", _kernels.isa),
+        ("instruction set", kernels.isa),
         ("CLLM", f"{cllm.__version__}, NumPy {np.__version__}, Python {platform.python_version()}"),
     ]
 
@@ -159,7 +157,7 @@ def run(sizes=None, against=None, threads=None, rounds=ROUNDS, out=None):
         if torch is not None:
             torch.set_num_threads(torch_threads_before)
     if any(row["noisy"] for row in rows):
-        print("noisy: the middle half of the rounds differs by more than 15 %; run it again on a quiet machine", file=out)
+        print("noisy: the middle half of the rounds spans over 15 %; repeat it on a quiet machine", file=out)
     return rows
 
 
@@ -179,7 +177,7 @@ def _print_header(threads, against, torch, out):
     elif against:
         print(f"{'torch':16} not installed, so CLLM is timed alone: pip install torch==2.13.0", file=out)
     print(f"{'threads':16} {threads}", file=out)
-    print("\nstep: forward, backward, clipping, AdamW, float32; milliseconds, median (min to max) of blocks\n", file=out)
+    print("\nstep: forward, backward, clipping, AdamW; float32; ms, median (min to max) of rounds", file=out)
     columns = f"{'size':5} {'shape':28} {'CLLM':>24}"
     if torch is not None:
         columns += f" {'torch':>24} {'torch/CLLM':>11}"
@@ -208,13 +206,13 @@ def _measure_size(size, torch, rounds):
     if torch is not None:
         steps.append(_torch_step(torch, config, tokens, targets))
     timings = measure(steps, rounds)
-    theirs = timings[1] if torch is not None else None
+    ours, theirs = timings[0], timings[1] if torch is not None else None
     return {
         "size": size,
-        "ours": timings[0],
+        "ours": ours,
         "theirs": theirs,
         # Of each round and then the median: both sides of a round met the same weather.
-        "ratio": statistics.median(b / a for a, b in zip(timings[0].blocks, theirs.blocks)) if theirs else None,
+        "ratio": statistics.median(b / a for a, b in zip(ours.blocks, theirs.blocks)) if theirs else None,
         "noisy": any(timing.noisy for timing in timings),
     }
 

@@ -1,7 +1,7 @@
 """Checkpoints: all that resuming needs, there whole or not at all, and verified on reading.
 
-``RUN/checkpoints/step-00000600/`` has model.safetensors, optimizer.safetensors and state.json, which holds the
-SHA-256 of each part. It is written as a hidden folder, forced to the disk, and then renamed.
+``RUN/checkpoints/step-00000600/`` has model.safetensors, optimizer.safetensors and state.json, which holds
+the SHA-256 of each part. It is written as a hidden folder, forced to the disk, and then renamed.
 No part has a timestamp, so equal runs have equal files.
 """
 
@@ -34,8 +34,8 @@ def save(run_dir, step, model_arrays, optimizer_arrays, state):
     model_arrays, optimizer_arrays : dict of str to ndarray
         By name; either may be empty.
     state : dict
-        JSON values: counters, the loader's position, versions. ``state["best"]`` with this step as its ``"step"``
-        marks the checkpoint as the best so far, see `best`. NaN is refused, as JSON has none.
+        JSON values: counters, the loader's position, versions. ``state["best"]["step"]`` equal to this
+        step marks the checkpoint as the best so far, see `best`. NaN is refused, as JSON has none.
 
     Returns
     -------

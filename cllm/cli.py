@@ -9,6 +9,7 @@ them, so that `cllm --help` answers at once.
 
 import argparse
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -16,10 +17,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 import cllm
 from cllm.errors import InputError, nearest
 
 __all__ = ["main"]
+
+# What `cllm quickstart --short` changes.
+SHORT_SWEEP = {"base.train.max_steps": 40}
+SHORT_TRAIN = {"train.max_steps": 200, "train.eval_interval": 50, "train.sample_interval": 50}
 
 
 def main(argv=None):
@@ -149,7 +156,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     parser = _Parser(
         prog="cllm",
-        description="Train small language models on this CPU, sweep hyperparameters over seeds, draw figures.",
+        description="Train small language models on this CPU, sweep over settings and seeds, draw figures.",
         epilog="example:\n  cllm quickstart\n\n`cllm COMMAND --help` says more, with an example.",
     )
     parser.add_argument("--version", action="version", version=f"cllm {cllm.__version__}")
@@ -167,7 +174,7 @@ def _parser():
     sub = command(
         _quickstart,
         "sweep, plot, train and sample on built-in text, in a few minutes",
-        "Sweep a tiny GPT over learning rates and seeds, draw the result, train a small GPT and let it write. "
+        "Sweep a tiny GPT over learning rates and seeds, draw the result, train a small GPT, let it write. "
         "Files go to runs/. A second call reuses what is there.",
         "cllm quickstart",
     )
@@ -226,7 +233,7 @@ def _parser():
     sub.add_argument("directory", metavar="RUN", help="a run's directory")
     sub.add_argument("--prompt", default="\n", metavar="TEXT", help="text to continue (a line break)")
     sub.add_argument("--max-new-tokens", type=_whole(1), default=200, metavar="N", help="how many (200)")
-    sub.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest (1.0)")
+    sub.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0: the likeliest (1.0)")
     sub.add_argument("--top-k", type=_whole(1), metavar="K", help="choose among the K likeliest (all)")
     sub.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="another seed, another text (0)")
     sub.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
@@ -245,7 +252,7 @@ def _parser():
         "cllm bench --against torch",
         "cllm bench --sizes tiny,char --threads 1",
     )
-    sub.add_argument("--against", choices=("torch",), metavar="torch", help="take turns with the same GPT in torch")
+    sub.add_argument("--against", choices=("torch",), metavar="torch", help="take turns with torch")
     sub.add_argument("--sizes", metavar="NAMES", help="tiny, char, baby, with commas between (all)")
     sub.add_argument("--threads", type=_whole(1), metavar="N", help="threads of both sides (all cores)")
     return parser
@@ -288,14 +295,10 @@ def _train(options):
 
 
 def _resume(options):
-    from cllm import train
-
-    summary_path = Path(options.directory, "summary.json")
-    before = summary_path.read_bytes() if summary_path.is_file() else None
-    summary = train.resume(options.directory, options.overrides)
-    if before is not None and summary_path.read_bytes() == before:
+    summary, was_finished = _resumed(options.directory, options.overrides)
+    if was_finished:
         print(
-            f"{options.directory} is finished after {summary['step']} steps, nothing was changed; to train longer: "
+            f"{options.directory} is finished after {summary['step']} steps and left as it is; to go on: "
             f"{_command()} resume {shlex.quote(options.directory)} --train.max-steps {2 * summary['step']}"
         )
     return _status(summary)
@@ -309,20 +312,14 @@ def _status(summary):
 def _sweep(options):
     from cllm import sweep
 
+    directory = options.overrides.pop("run.dir", None) or Path("runs", Path(options.file).stem)
     plan = sweep.Sweep.load(options.file, options.overrides)
     if options.dry_run:
         for trial in plan.trials():
             print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
         return 0
-    directory = options.directory or Path("runs", Path(options.file).stem)
-    return _run_sweep(plan, directory, options.workers)
-
-
-def _run_sweep(plan, directory, workers=None):
-    from cllm import sweep
-
     try:
-        sweep.run(plan, directory, workers=workers)
+        sweep.run(plan, directory, workers=options.workers)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command again continues the sweep", 130)
     return 0
@@ -363,15 +360,16 @@ def _continued(model, tokenizer, prompt, max_new_tokens, **choice):
 
 
 def _info(options):
-    from cllm import _kernels, bench, data
+    from cllm import bench, data, kernels
 
     print(f"cllm {cllm.__version__}")
+    isas = [f"{isa} (in use)" if isa == kernels.isa else isa for isa in kernels.available_isas]
     rows = [
         ("Python", f"{platform.python_version()}, {sys.executable}"),
         ("NumPy", np.__version__),
         ("CPU", bench.cpu_model()),
-        ("instruction sets", ", ".join(f"{isa} (in use)" if isa == _kernels.isa else isa for isa in _kernels.available)),
-        ("OpenMP", "yes" if _kernels.openmp else "no: the kernels run serially"),
+        ("instruction sets", ", ".join(isas)),
+        ("OpenMP", "yes" if kernels.openmp else "no: the kernels run serially"),
         ("threads", cllm.get_num_threads()),
         ("cache", data.cache.folder()),
     ]
@@ -398,12 +396,80 @@ def _quickstart(options):
     sweep_file, train_file = folder / "quickstart_sweep.toml", folder / "quickstart_train.toml"
     if not (sweep_file.is_file() and train_file.is_file()):
         raise InputError(
-            "quickstart needs the experiments folder of CLLM's repository: clone it and run `make quickstart` there"
+            "quickstart needs the experiments folder of CLLM's repository: run `make quickstart` in a clone"
         )
-    short = "-short" if options.short else ""
-    sweep_directory, run_directory = Path(f"runs/quickstart{short}-sweep"), Path(f"runs/quickstart{short}-train")
-    steps = {"base.train.max_steps": SHORT_SWEEP_STEPS} if options.short else {}
-    plan = sweep.Sweep.load(sweep_file, steps)
-    steps = {"train.max_steps": SHORT_TRAIN_STEPS} if options.short else {}
-    settings = config.load(train_file, {**steps, "run.dir": str(run_directory)})
-    ...
+    name = "quickstart-short" if options.short else "quickstart"
+    plan = sweep.Sweep.load(sweep_file, SHORT_SWEEP if options.short else {})
+    sweep_directory, run_directory = Path("runs", f"{name}-sweep"), Path("runs", f"{name}-train")
+    settings = {**(SHORT_TRAIN if options.short else {}), "run.dir": str(run_directory)}
+    settings = config.load(train_file, settings)
+    rates, seeds, training = len(plan.settings), len(plan.config.seeds), settings.train
+    print(
+        f"""CLLM quickstart, {"under a minute" if options.short else "about two minutes"} on two cores:
+  1. sweep a tiny GPT over {rates} learning rates with {seeds} seeds each, on Python's own library
+  2. draw the result
+  3. train a larger GPT for {training.max_steps} steps, with a generated line every {training.sample_interval}
+  4. let it write
+Files go to {Path("runs").resolve()}; what is finished there is reused."""
+    )
+    command = _command()
+    try:
+        _heading(1, f"sweep: {_shown_path(sweep_file)}")
+        sweep.run(plan, sweep_directory)
+
+        _heading(2, "figures")
+        for path in figures.for_directory(sweep_directory):
+            print(path)
+
+        _heading(3, f"train: {_shown_path(train_file)}")
+        if (run_directory / "config.toml").is_file():
+            summary, was_finished = _resumed(run_directory)
+            if was_finished:
+                print(f"{run_directory} is finished already and reused: val loss {summary['val_loss']:.4f}")
+        else:
+            summary = train.Trainer(settings).fit()
+    except KeyboardInterrupt:
+        again = f"{command} quickstart{' --short' if options.short else ''}"
+        return _complain(f"interrupted; the same command goes on where this stopped: {again}", 130)
+    if _status(summary):
+        return 1
+
+    _heading(4, "sample")
+    model, tokenizer = train.load(run_directory)
+    print(_continued(model, tokenizer, "def ", 300, temperature=0.8))
+    print(
+        f"""
+Next, to copy:
+  {command} sample {run_directory} --prompt "class " --max-new-tokens 500 --temperature 0.7
+  {command} train --data.source README.md --model.n-layer 2 --train.max-steps 500
+  {command} sweep {_shown_path(sweep_file)} --base.model.n-layer 1 --run.dir runs/one-layer"""
+    )
+    return 0
+
+
+def _resumed(directory, overrides=None):
+    """The summary of a run after going on with it, and whether it was finished and left as it was."""
+    from cllm import train
+
+    path = Path(directory, "summary.json")
+    before = path.read_bytes() if path.is_file() else None
+    summary = train.resume(directory, overrides)
+    return summary, before is not None and path.read_bytes() == before
+
+
+def _heading(number, text):
+    print(f"\n{number}. {text}", flush=True)
+
+
+def _shown_path(path):
+    """A path as short as it can be written from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _command():
+    """How this shell can call CLLM: by name when that finds it, else by path."""
+    script = Path(sys.executable).with_name("cllm")
+    found = shutil.which("cllm")
+    if found and script.exists() and os.path.samefile(found, script):
+        return "cllm"
+    return shlex.quote(_shown_path(script)) if script.exists() else f"{shlex.quote(sys.executable)} -m cllm"

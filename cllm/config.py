@@ -23,8 +23,8 @@ from cllm.optim import OptimConfig
 from cllm.schedules import ScheduleConfig
 
 __all__ = [
-    "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "load", "parse_value",
-    "to_dict", "to_toml", "unflatten",
+    "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "load", "optimizer_arguments",
+    "parse_value", "to_dict", "to_toml", "unflatten",
 ]  # fmt: skip
 
 
@@ -91,7 +91,8 @@ class Config:
     def __post_init__(self):
         if self.schedule.min_lr > self.optim.lr:
             raise InputError(
-                f"schedule.min_lr is {self.schedule.min_lr:g}, it must be at most optim.lr ({self.optim.lr:g})"
+                f"schedule.min_lr is {self.schedule.min_lr:g}, "
+                f"it must be at most optim.lr ({self.optim.lr:g})"
             )
 
 
@@ -120,12 +121,18 @@ def load(path=None, overrides=None):
         When there is no such file.
     """
     nested = {} if path is None else read_toml(path)
-    _check_keys(nested, path)
-    overrides = unflatten(overrides or {})
-    _check_keys(overrides, None)
-    for section, values in overrides.items():
-        nested[section] = {**nested.get(section, {}), **values}
-    return from_dict(nested, path)
+    try:
+        _check_keys(nested)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    _check_keys(unflatten(overrides or {}))
+    merged = flatten(nested) | (overrides or {})
+    try:
+        return from_dict(unflatten(merged))
+    except InputError as error:
+        key = str(error).split()[0]
+        in_file = key in flatten(nested) and key not in (overrides or {})
+        raise InputError(f"{path}: {error}" if in_file else str(error)) from None
 
 
 def read_toml(path):
@@ -143,37 +150,32 @@ def read_toml(path):
         raise InputError(f"{path} is not valid TOML: {error}") from None
 
 
-def from_dict(nested, path=None):
+def from_dict(nested):
     """The Config of a nested dict such as `to_dict` gives; missing keys take their defaults.
 
-    Parameters
-    ----------
-    nested : dict of dicts
-    path : path-like, optional
-        The file that it came from, for messages.
+    Raises
+    ------
+    InputError
+        Begins with the dotted key that is wrong, except for an unknown key.
     """
-    _check_keys(nested, path)
-    where = f"{path}: " if path is not None else ""
+    _check_keys(nested)
     sections = {}
     for section, cls in SECTIONS.items():
         values = dict(nested.get(section, {}))
         if section == "optim":
-            values = _gather_arguments(values, where)
+            values = _gather_arguments(values)
         hints = typing.get_type_hints(cls)
         for name, value in values.items():
             if f"{section}.{name}" not in _HIDDEN:
-                values[name] = _typed(value, hints[name], f"{where}{section}.{name}")
+                values[name] = _typed(value, hints[name], f"{section}.{name}")
         try:
             sections[section] = cls(**values)
         except InputError as error:
             message = str(error)
             if not message.startswith(f"{section}."):
                 message = f"{section}.{message}"  # a section's class need not know where it stands
-            raise InputError(where + message) from None
-    try:
-        return Config(**sections)
-    except InputError as error:
-        raise InputError(f"{where}{error}") from None
+            raise InputError(message) from None
+    return Config(**sections)
 
 
 def parse_value(text, key=None):
@@ -200,18 +202,17 @@ def parse_value(text, key=None):
         return text
 
 
-def _check_keys(nested, path):
+def _check_keys(nested):
     """Raise for a section or key that no config has; the optimizers' own arguments are all allowed here."""
-    where = f"{path}: " if path is not None else ""
     known = {section: _keys(section) for section in SECTIONS}
     dotted = [f"{section}.{name}" for section, names in known.items() for name in names]
     for section, values in nested.items():
         if section not in SECTIONS:
             key = f"[{section}]" if isinstance(values, dict) else section
             hint = _homonym(section, known) or nearest(section, [*SECTIONS, *dotted])
-            raise InputError(f"{where}unknown key {key}{hint}; sections are {', '.join(SECTIONS)}")
+            raise InputError(f"unknown key {key}{hint}; sections are {', '.join(SECTIONS)}")
         if not isinstance(values, dict):
-            raise InputError(f"{where}{section} is {values!r}, it must be a section: [{section}]")
+            raise InputError(f"{section} is {values!r}, it must be a section: [{section}]")
         for name in values:
             if name not in known[section]:
                 close = nearest(name, known[section])
@@ -220,7 +221,7 @@ def _check_keys(nested, path):
                     if close
                     else _homonym(name, known) or f"; [{section}] has {', '.join(known[section])}"
                 )
-                raise InputError(f"{where}unknown key {section}.{name}{hint}")
+                raise InputError(f"unknown key {section}.{name}{hint}")
 
 
 def _homonym(name, known):
@@ -235,32 +236,30 @@ def _keys(section):
     """The keys that [section] may hold, whichever optimizer is chosen."""
     names = [f.name for f in fields(SECTIONS[section]) if f"{section}.{f.name}" not in _HIDDEN]
     if section == "optim":
-        names += sorted({key for name in optim.BY_NAME for key in _optimizer_arguments(name)} - set(names))
+        names += sorted({key for name in optim.BY_NAME for key in optimizer_arguments(name)} - set(names))
     return names
 
 
-def _gather_arguments(values, where):
+def _gather_arguments(values):
     """[optim]'s flat keys as OptimConfig's fields: the chosen optimizer's own go to `arguments`."""
     own = typing.get_type_hints(OptimConfig)
     values = {"name": OptimConfig().name, **values}
     name = values["name"]
     if name not in optim.BY_NAME:
         raise InputError(
-            f"{where}optim.name is {_shown(name)}{nearest(name, optim.BY_NAME)}, "
+            f"optim.name is {_shown(name)}{nearest(name, optim.BY_NAME)}, "
             f"it must be one of {', '.join(optim.BY_NAME)}"
         )
-    hints = _optimizer_arguments(name)
+    hints = optimizer_arguments(name)
     arguments = {}
     for key in [key for key in values if key not in own]:
         if key not in hints:
-            raise InputError(
-                f"{where}optim.{key} is not an argument of {name}, which takes {', '.join(hints)}"
-            )
-        arguments[key] = _typed(values.pop(key), hints[key], f"{where}optim.{key}")
+            raise InputError(f"optim.{key} is not an argument of {name}, which takes {', '.join(hints)}")
+        arguments[key] = _typed(values.pop(key), hints[key], f"optim.{key}")
     return {**values, "arguments": arguments}
 
 
-def _optimizer_arguments(name):
+def optimizer_arguments(name):
     """An optimizer's own arguments and their types, which its constructor's defaults show."""
     parameters = inspect.signature(optim.BY_NAME[name]).parameters
     return {
@@ -276,14 +275,18 @@ def _optimizer_arguments(name):
 
 def _typed(value, hint, key):
     """`value` as the annotation `hint` asks for; 2.0 passes as an int, 2 as a float, nothing as a bool."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = _options(hint)
     for option in options:
         if _fits(value, option):
             return _converted(value, option)
     words = [choice for option in options for choice in _choices(option)]
     close = nearest(value, words) if isinstance(value, str) else ""
-    allowed = " or ".join(_named(option) for option in options if option is not types.NoneType)
-    raise InputError(f"{key} is {_shown(value)}{close}, it must be {allowed}")
+    raise InputError(f"{key} is {_shown(value)}{close}, it must be {_described(options)}")
+
+
+def _options(hint):
+    """The members of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _fits(value, option):
@@ -312,8 +315,12 @@ def _choices(option):
     return typing.get_args(option) if typing.get_origin(option) is typing.Literal else ()
 
 
+def _described(options):
+    """What may be given, in words; None is not to be given but left out."""
+    return " or ".join(_named(option) for option in options if option is not types.NoneType)
+
+
 def _named(option):
-    """An annotation in words."""
     if typing.get_origin(option) is tuple:
         return f"a list of {len(typing.get_args(option))} numbers"
     if _choices(option):
@@ -434,10 +441,8 @@ def describe():
         hints = dict(typing.get_type_hints(cls))
         if section == "optim":
             for name in optim.BY_NAME:
-                hints = {**_optimizer_arguments(name), **hints}
+                hints = {**optimizer_arguments(name), **hints}
         for name in _keys(section):
-            key, hint = f"{section}.{name}", hints[name]
-            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            words = " or ".join(_named(option) for option in options if option is not types.NoneType)
-            rows.append((key, words, defaults.get(key)))
+            key = f"{section}.{name}"
+            rows.append((key, _described(_options(hints[name])), defaults.get(key)))
     return rows

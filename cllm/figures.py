@@ -13,6 +13,7 @@ import numpy as np
 
 from cllm import records
 from cllm.errors import InputError, nearest
+from cllm.verdict import plus_minus
 
 __all__ = ["against", "for_directory", "loss_curves", "save"]
 
@@ -114,7 +115,8 @@ def loss_curves(runs):
     if math.isfinite(start):  # a run that blows up must not flatten the others
         loss_axes.set_ylim(top=min(loss_axes.get_ylim()[1], 1.1 * start))
     if min(peaks) > 0 and max(peaks) >= 10 * min(peaks):
-        lr_axes.set_yscale("log")
+        lr_axes.set_yscale("log", nonpositive="mask")
+        lr_axes.set_ylim(bottom=min(peaks) / 30)  # a decay to 0 would stretch the axis without end
     else:
         lr_axes.set_ylim(bottom=0)
     norms = np.concatenate([line.get_ydata() for line in norm_axes.get_lines()])
@@ -223,8 +225,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
             complete.append((place + shift, values.mean(), error))
             if best is None or sign * values.mean() < best[0]:
                 words = f"{_short(x)} = {_text(value)}" + (f", {label}" if len(lines) > 1 else "")
-                spread = f" ± {error:.1g}" if len(values) > 1 else ""
-                words = f"best: {words}: {values.mean():.4g}{spread}"
+                words = f"best: {words}: {plus_minus(values.mean(), error)}"
                 best = (sign * values.mean(), place + shift, color, words)
         if complete:
             where, means, errors = zip(*complete)
@@ -375,10 +376,10 @@ def _together(group, split, key):
 
 
 def _smooth(values):
-    """Centred running mean over a fiftieth of the values, over fewer at both ends."""
-    if not len(values):
+    """Running mean under a bell of about a fiftieth of the values, cut off at both ends."""
+    if len(values) < 9:
         return values
-    window = np.ones(len(values) // 100 * 2 + 1)
+    window = np.hanning(max(len(values) // 50, 4) * 2 + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 

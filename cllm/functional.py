@@ -1,8 +1,8 @@
 """Differentiable operations under torch.nn.functional's names, and the fused ones that a GPT runs on.
 
-A fused operation is one forward and one backward kernel with one tape node. It saves its inputs and row statistics,
-and its backward kernel writes the gradients of Parameters straight to where they live: the first one after
-`zero_grad` assigns, later ones add, and nothing is copied or cleared.
+A fused operation is one forward and one backward kernel with one tape node. It saves its inputs and row
+statistics, and its backward kernel writes the gradients of Parameters straight to where they live: the first
+one after `zero_grad` assigns, later ones add, and nothing is copied or cleared.
 """
 
 import math
@@ -11,9 +11,7 @@ import warnings
 import numpy as np
 
 from cllm import kernels, rng
-from cllm.tensor import (
-    WRITTEN, Parameter, _sigmoid, _sum, as_tensor, record, where,
-)  # fmt: skip
+from cllm.tensor import WRITTEN, Parameter, Tensor, _sigmoid, _sum, as_tensor, record, where
 
 __all__ = [
     "binary_cross_entropy_with_logits", "causal_self_attention", "cross_entropy", "dropout", "embedding",
@@ -29,8 +27,8 @@ __all__ = [
 def _targets(*tensors):
     """Where a kernel writes the gradients of these: an array each, or None to allocate; and whether it adds.
 
-    Only a Parameter's gradient has a place of its own. A kernel adds to all of its targets or to none: where only
-    some hold a gradient, the others start from zero.
+    Only a Parameter's gradient has a place of its own. A kernel adds to all of its targets or to none: where
+    only some hold a gradient, the others start from zero.
     """
     arrays, adds = [], []
     for x in tensors:
@@ -163,11 +161,15 @@ def embedding(input, weight):
 
 
 def token_position_embedding(tokens, token_weight, position_weight):
-    """Each token's row plus its position's.  tokens (..., T), weights (V, C) and (P, C), P >= T -> (..., T, C)."""
+    """Each token's row plus its position's.
+
+    tokens (..., T), token_weight (V, C), position_weight (P, C) with P >= T -> (..., T, C)
+    """
     tokens = np.asarray(tokens)
     n_rows, T = token_weight.data.shape[0], tokens.shape[-1]
-    if T > position_weight.data.shape[0]:
-        raise ValueError(f"embedding: {T} positions, the table has {position_weight.data.shape[0]}")
+    n_positions = position_weight.data.shape[0]
+    if n_positions < T:
+        raise ValueError(f"token_position_embedding: {T} positions, the table has {n_positions}")
     out = kernels.embedding_forward(tokens, token_weight.data)
     out += position_weight.data[:T]
 
@@ -213,9 +215,11 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         lead = input.shape[: -len(shape)]
         return layer_norm(input.reshape(*lead, -1), math.prod(shape), *flat, eps).reshape(input.shape)
     x = input.data
-    w = np.ones(shape, x.dtype) if weight is None else weight.data
+    if weight is None:
+        weight = Tensor(np.ones(shape, x.dtype))
+    w = weight.data
     out, mean, rstd = kernels.layer_norm_forward(x, w, _data(bias), eps)
-    inputs = tuple(t for t in (input, weight, bias) if t is not None)
+    inputs = (input, weight) if bias is None else (input, weight, bias)
 
     def backward(grad):
         (dw, db), add = _targets(weight, bias)
@@ -315,7 +319,7 @@ def scaled_dot_product_attention(
         raise ValueError("scaled_dot_product_attention: give attn_mask or is_causal, not both")
     if enable_gqa and q.shape[-3] != k.shape[-3]:
         k, v = (_repeat_heads(x, q.shape[-3]) for x in (k, v))
-    if attn_mask is None and q.shape == k.shape == v.shape and q.ndim == 4:
+    if attn_mask is None and q.ndim == 4 and k.shape == v.shape == (*q.shape[:2], k.shape[-2], q.shape[-1]):
         return _fused_attention(q, k, v, dropout_p, is_causal, scale)
     T, S = q.shape[-2], k.shape[-2]
     scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -337,7 +341,7 @@ def _repeat_heads(x, n_head):
     """(..., G, S, D) -> (..., n_head, S, D), each head repeated for its group."""
     *lead, G, S, D = x.shape
     if n_head % G:
-        raise ValueError(f"scaled_dot_product_attention: {n_head} query heads, {G} key heads do not divide them")
+        raise ValueError(f"scaled_dot_product_attention: {G} key heads do not divide {n_head} query heads")
     return x.unsqueeze(-3).expand(*lead, G, n_head // G, S, D).reshape(*lead, n_head, S, D)
 
 
@@ -388,9 +392,7 @@ def _reduced_rows(losses, targets, shape, ignore_index, reduction):
     return out, lambda grad: np.full(n, grad / max(count, 1), losses.dtype)
 
 
-def cross_entropy(
-    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
-):
+def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """The negative log-likelihood of target under softmax(input).
 
     Parameters
@@ -442,15 +444,13 @@ def _weighted_cross_entropy(x, targets, weight, ignore_index, reduction, label_s
     log_p = x.log_softmax(-1)
     losses = log_p.gather(1, targets[:, None]).squeeze(1) * (-(1 - label_smoothing) * row_weight)
     if label_smoothing > 0:
-        losses = losses + (log_p * weight).sum(-1) * np.where(valid, -label_smoothing / V, 0)
+        losses = losses + (log_p * weight).sum(-1) * valid * (-label_smoothing / V)
     if reduction == "mean":
         return losses.sum() / float(row_weight.sum(dtype=np.float64))
     return losses.sum() if reduction == "sum" else losses.reshape(shape)
 
 
-def linear_cross_entropy(
-    input, weight, target, ignore_index=-100, reduction="mean", label_smoothing=0.0
-):
+def linear_cross_entropy(input, weight, target, ignore_index=-100, reduction="mean", label_smoothing=0.0):
     """cross_entropy(linear(input, weight), target) in chunks of rows: the logits never exist as a whole.
 
     Parameters
@@ -531,4 +531,6 @@ def binary_cross_entropy_with_logits(input, target, weight=None, reduction="mean
     # log(sigmoid(x)) = -softplus(-x), and log(1 - sigmoid(x)) = -x - softplus(-x)
     positive = 1 if pos_weight is None else (pos_weight - 1) * target + 1
     losses = x * (1 - target) + softplus(-x) * positive
-    return _reduce("binary_cross_entropy_with_logits", losses if weight is None else losses * weight, reduction)
+    if weight is not None:
+        losses = losses * weight
+    return _reduce("binary_cross_entropy_with_logits", losses, reduction)

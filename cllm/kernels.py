@@ -14,11 +14,18 @@ import numpy as np
 
 from cllm._core.pool import empty
 from cllm._kernels import attention as _attention
+from cllm._kernels import available as available_isas
+from cllm._kernels import elementwise as _elementwise
+from cllm._kernels import embedding as _embedding
 from cllm._kernels import gemm as _gemm
 from cllm._kernels import isa
+from cllm._kernels import loss as _loss
+from cllm._kernels import norm as _norm
 from cllm._kernels import optimizers as _optimizers
 
-__all__ = ["get_num_threads", "isa", "set_num_threads"]
+__all__ = ["available_isas", "get_num_threads", "isa", "openmp", "set_num_threads"]
+
+openmp = _gemm.OPENMP  # whether the kernels were built with threads
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -561,6 +568,516 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
     return dx, dw1, db1, dw2, db2
 
 
+# GELU ------------------------------------------------------------------------------------------------
+
+
+def _is_tanh(function, approximate):
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f'{function}: approximate is {approximate!r}, it must be "tanh" or "none"')
+    return approximate == "tanh"
+
+
+def gelu_forward(x, approximate="tanh", out=None):
+    """x Phi(x), with Phi the normal distribution function (Hendrycks & Gimpel 2016).
+
+    Parameters
+    ----------
+    x : array of any shape
+    approximate : {"tanh", "none"}
+        "none" computes Phi by erf; "tanh" is their approximation
+        0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), which GPT-2 uses.
+    out : array of x's shape, optional
+
+    Returns
+    -------
+    array of x's shape
+
+    Raises
+    ------
+    ValueError
+        When `approximate` is unknown or `out` is unsuitable.
+    TypeError
+        When x is not float32 or float64.
+    """
+    tanh = _is_tanh("gelu_forward", approximate)
+    inputs = (x,) = _inputs("gelu_forward", x=x)
+    out = _out("gelu_forward", out, x.shape, x.dtype, inputs)
+    _elementwise.gelu_forward(x, out, tanh, _n_threads)
+    return out
+
+
+def gelu_backward(dy, x, approximate="tanh", out=None):
+    """dx = dy times the derivative of `gelu_forward` at x.
+
+    Parameters
+    ----------
+    dy, x : arrays of one shape
+    approximate : {"tanh", "none"}
+        As in the forward pass.
+    out : array of x's shape, optional
+
+    Returns
+    -------
+    array of x's shape
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `gelu_forward`; also when shapes differ.
+    """
+    tanh = _is_tanh("gelu_backward", approximate)
+    inputs = dy, x = _inputs("gelu_backward", dy=dy, x=x)
+    if dy.shape != x.shape:
+        raise ValueError(f"gelu_backward: dy is {dy.shape}, x is {x.shape}; they must have one shape")
+    out = _out("gelu_backward", out, x.shape, x.dtype, inputs)
+    _elementwise.gelu_backward(dy, x, out, tanh, _n_threads)
+    return out
+
+
+# Dropout ---------------------------------------------------------------------------------------------
+
+
+def _dropout(function, name, x, p, key, out):
+    inputs = (x,) = _inputs(function, **{name: x})
+    if not 0 <= p <= 1:
+        raise ValueError(f"{function}: p is {p}, it must be in [0, 1]")
+    if not 0 <= key < 2**64:
+        raise ValueError(f"{function}: key is {key}, it must be in [0, 2**64)")
+    out = _out(function, out, x.shape, x.dtype, inputs)
+    limit = max(math.ceil((1 - p) * 2**32) - 1, 0)  # the largest hash that keeps an element
+    _elementwise.dropout(x, out, key, limit, 1 / (1 - p) if p < 1 else 0.0, _n_threads)
+    return out
+
+
+def dropout_forward(x, p, key, out=None):
+    """x with each element made 0 with probability p, the others divided by 1 - p (Srivastava et al. 2014).
+
+    Parameters
+    ----------
+    x : array of any shape
+    p : float
+        In [0, 1].
+    key : int
+        In [0, 2**64). Element i (in C order) is kept when hash(key, i) < (1 - p) 2**32: the same key
+        draws the same mask, at any thread count.
+    out : array of x's shape, optional
+
+    Returns
+    -------
+    array of x's shape
+        NaN where x is NaN, also where the element is dropped.
+
+    Raises
+    ------
+    ValueError
+        When p or key is out of range or `out` is unsuitable.
+    TypeError
+        When x is not float32 or float64.
+    """
+    return _dropout("dropout_forward", "x", x, p, key, out)
+
+
+def dropout_backward(dy, p, key, out=None):
+    """The gradient of `dropout_forward` with the same p and key: dy under the same mask.
+
+    Parameters
+    ----------
+    dy : array of any shape
+    p, key
+        As in the forward pass.
+    out : array of dy's shape, optional
+
+    Returns
+    -------
+    array of dy's shape
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `dropout_forward`.
+    """
+    return _dropout("dropout_backward", "dy", dy, p, key, out)
+
+
+# Layer norm ------------------------------------------------------------------------------------------
+
+
+def _check_norm(function, x, weight, bias):
+    if weight.ndim != 1 or x.shape[-1:] != weight.shape:
+        raise ValueError(f"{function}: x is {x.shape}, weight is {weight.shape}; they must be (..., C), (C,)")
+    if not weight.size:
+        raise ValueError(f"{function}: x is {x.shape}, weight is {weight.shape}; C must be at least 1")
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(f"{function}: bias is {bias.shape}, it must be {weight.shape}")
+
+
+def layer_norm_forward(x, weight, bias, eps=1e-5, out=None):
+    """y = (x - mean) rstd weight + bias over the last axis (Ba, Kiros & Hinton 2016).
+
+    Parameters
+    ----------
+    x : (..., C) array
+        C is at least 1.
+    weight : (C,) array
+    bias : (C,) array or None
+    eps : float
+        Added to the variance (which divides by C); at least 0.
+    out : tuple of three arrays, optional
+        For y, mean and rstd; None entries are allocated.
+
+    Returns
+    -------
+    y : (..., C) array
+    mean, rstd : (...) arrays
+        Each row's mean and 1 / sqrt(variance + eps), which the backward pass needs.
+
+    Raises
+    ------
+    ValueError
+        When shapes do not match, eps is negative or `out` is unsuitable.
+    TypeError
+        When dtypes are mixed or not float32 or float64.
+    """
+    function = "layer_norm_forward"
+    inputs = x, weight, bias = _inputs(function, x=x, weight=weight, bias=bias)
+    _check_norm(function, x, weight, bias)
+    if not eps >= 0:
+        raise ValueError(f"{function}: eps is {eps}, it must be at least 0")
+    shapes = x.shape, x.shape[:-1], x.shape[:-1]
+    y, mean, rstd = _outs(function, out, ("y", "mean", "rstd"), shapes, x.dtype, inputs)
+    _norm.layer_norm_forward(x, weight, bias, eps, y, mean, rstd, _n_threads)
+    return y, mean, rstd
+
+
+def layer_norm_backward(dy, x, weight, mean, rstd, *, bias=True, out=None, accumulate=False):
+    """Gradients of `layer_norm_forward`.
+
+    With n = (x - mean) rstd and g = dy weight, the means over the last axis and the sums over all rows:
+    dx = rstd (g - mean(g) - n mean(g n)), dweight = sum(dy n), dbias = sum(dy).
+
+    Parameters
+    ----------
+    dy, x : (..., C) arrays
+    weight : (C,) array
+    mean, rstd : (...) arrays
+        As the forward pass returned them.
+    bias : bool
+        Whether there is a bias; without it dbias is None.
+    out : tuple of three arrays, optional
+        For dx, dweight and dbias; None entries are allocated.
+    accumulate : bool
+        Add dweight and dbias to the arrays given in `out` instead of assigning.
+
+    Returns
+    -------
+    dx : (..., C) array
+    dweight : (C,) array
+    dbias : (C,) array or None
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `layer_norm_forward`.
+    """
+    function = "layer_norm_backward"
+    inputs = dy, x, weight, mean, rstd = _inputs(function, dy=dy, x=x, weight=weight, mean=mean, rstd=rstd)
+    _check_norm(function, x, weight, None)
+    rows = x.shape[:-1]
+    for name, array, shape in (("dy", dy, x.shape), ("mean", mean, rows), ("rstd", rstd, rows)):
+        if array.shape != shape:
+            raise ValueError(f"{function}: {name} is {array.shape}, it must be {shape}")
+    if accumulate and (out is None or out[1] is None or (bias and out[2] is None)):
+        raise ValueError(f"{function}: accumulate=True needs arrays for dweight and dbias in out")
+    shapes = x.shape, weight.shape, weight.shape
+    dx, dweight, dbias = _outs(function, out, ("dx", "dweight", "dbias"), shapes, x.dtype, inputs)
+    dbias = dbias if bias else None
+    partials = empty(_norm.partials_shape(mean.size, weight.size), x.dtype)
+    _norm.layer_norm_backward(
+        dy, x, weight, mean, rstd, dx, dweight, dbias, partials, accumulate, _n_threads
+    )  # fmt: skip
+    return dx, dweight, dbias
+
+
+# Embedding -------------------------------------------------------------------------------------------
+
+
+def _check_indices(function, name, indices, n, ignore=None):
+    """Raise unless each of the indices lies in [0, n) or is `ignore`."""
+    if not indices.size or (indices.min() >= 0 and indices.max() < n):
+        return
+    wrong = (indices < 0) | (indices >= n)
+    if ignore is not None:
+        wrong &= indices != ignore
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        allowed = f"in [0, {n})" + ("" if ignore is None else f" or ignore_index, {ignore}")
+        place = f"{name}[{', '.join(map(str, at))}]" if at else name
+        raise ValueError(f"{function}: {place} is {indices[at]}, it must be {allowed}")
+
+
+def embedding_forward(tokens, weight, out=None):
+    """The rows of weight that the tokens name.
+
+    Parameters
+    ----------
+    tokens : integer array of any shape
+        In [0, V).
+    weight : (V, C) array
+    out : (*tokens.shape, C) array, optional
+
+    Returns
+    -------
+    (*tokens.shape, C) array
+
+    Raises
+    ------
+    ValueError
+        When a token is outside [0, V), a shape does not match or `out` is unsuitable.
+    TypeError
+        When tokens are not integers or weight is not float32 or float64.
+    """
+    function = "embedding_forward"
+    shape = np.shape(tokens)
+    tokens = _integers(function, "tokens", tokens)
+    (weight,) = _inputs(function, weight=weight)
+    if weight.ndim != 2:
+        raise ValueError(f"{function}: weight is {weight.shape}, it must be (V, C)")
+    _check_indices(function, "tokens", tokens, len(weight))
+    out = _out(function, out, (*shape, weight.shape[1]), weight.dtype, (tokens, weight))
+    _embedding.embedding_forward(tokens, weight, out, _n_threads)
+    return out
+
+
+def embedding_backward(dy, tokens, n_rows, out=None, *, accumulate=False):
+    """The gradient of `embedding_forward`'s weight: each row of dy added to the row that its token names.
+
+    Parameters
+    ----------
+    dy : (*tokens.shape, C) array
+    tokens : integer array of any shape
+        In [0, n_rows).
+    n_rows : int
+        V.
+    out : (n_rows, C) array, optional
+    accumulate : bool
+        Add to `out` instead of assigning.
+
+    Returns
+    -------
+    (n_rows, C) array
+        Rows of one token are summed in the order of the tokens, 32 at a time.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `embedding_forward`.
+    """
+    function = "embedding_backward"
+    shape = np.shape(tokens)
+    tokens = _integers(function, "tokens", tokens)
+    (dy,) = _inputs(function, dy=dy)
+    if dy.ndim != len(shape) + 1 or dy.shape[:-1] != shape:
+        raise ValueError(f"{function}: dy is {dy.shape}, tokens is {shape}; they must be (*tokens.shape, C)")
+    if accumulate and out is None:
+        raise ValueError(f"{function}: accumulate=True needs an array in out")
+    _check_indices(function, "tokens", tokens, n_rows)
+    out = _out(function, out, (n_rows, dy.shape[-1]), dy.dtype, (dy, tokens))
+    lists = empty((n_rows + tokens.size,), np.int64)
+    _embedding.embedding_backward(dy, tokens, lists, out, accumulate, _n_threads)
+    return out
+
+
+# Softmax cross-entropy -------------------------------------------------------------------------------
+
+
+def _check_losses(function, logits, targets, ignore_index, label_smoothing):
+    shapes = f"{function}: logits is {logits.shape}, targets is {targets.shape}"
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"{shapes}; they must be (N, V), (N,)")
+    if not logits.shape[1]:
+        raise ValueError(f"{shapes}; V must be at least 1")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{function}: label_smoothing is {label_smoothing}, it must be in [0, 1]")
+    _check_indices(function, "targets", targets, logits.shape[1], ignore_index)
+
+
+def cross_entropy_forward(logits, targets, *, ignore_index=-100, label_smoothing=0.0, out=None):
+    """Softmax cross-entropy of each row, as torch defines it: -log(softmax(logits)[target]).
+
+    With smoothing s: loss = lse - (1 - s) logits[target] - s mean(logits) (Szegedy et al. 2016).
+
+    Parameters
+    ----------
+    logits : (N, V) array
+        V is at least 1.
+    targets : (N,) integer array
+        In [0, V), or `ignore_index`.
+    ignore_index : int
+        Rows with this target have loss 0 and no gradient.
+    label_smoothing : float
+        In [0, 1].
+    out : tuple of two arrays, optional
+        For losses and lse; None entries are allocated.
+
+    Returns
+    -------
+    losses : (N,) array
+        In nats, not averaged.
+    lse : (N,) array
+        The log of each row's sum of exponentials, which the backward pass needs.
+
+    Raises
+    ------
+    ValueError
+        When a target is out of range (named with its position), shapes do not match, label_smoothing is
+        out of range or `out` is unsuitable.
+    TypeError
+        When targets are not integers or logits are not float32 or float64.
+    """
+    function = "cross_entropy_forward"
+    (logits,) = _inputs(function, logits=logits)
+    targets = _integers(function, "targets", targets)
+    _check_losses(function, logits, targets, ignore_index, label_smoothing)
+    shapes = targets.shape, targets.shape
+    losses, lse = _outs(function, out, ("losses", "lse"), shapes, logits.dtype, (logits, targets))
+    _loss.cross_entropy_forward(logits, targets, ignore_index, label_smoothing, losses, lse, _n_threads)
+    return losses, lse
+
+
+def cross_entropy_backward(
+    dlosses, logits, targets, lse, *, ignore_index=-100, label_smoothing=0.0, out=None
+):
+    """dlogits = dloss (softmax(logits) - (1 - s) onehot(target) - s / V); 0 in ignored rows.
+
+    Parameters
+    ----------
+    dlosses, lse : (N,) arrays
+        The gradient of each row's loss; lse as the forward pass returned it.
+    logits : (N, V) array
+    targets : (N,) integer array
+    ignore_index, label_smoothing
+        As in the forward pass.
+    out : (N, V) array, optional
+        May be `logits` itself, which is then overwritten.
+
+    Returns
+    -------
+    (N, V) array
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `cross_entropy_forward`; also when dtypes are mixed.
+    """
+    function = "cross_entropy_backward"
+    in_place = out is not None and out is logits
+    dlosses, logits, lse = _inputs(function, dlosses=dlosses, logits=logits, lse=lse)
+    targets = _integers(function, "targets", targets)
+    _check_losses(function, logits, targets, ignore_index, label_smoothing)
+    for name, array in (("dlosses", dlosses), ("lse", lse)):
+        if array.shape != targets.shape:
+            raise ValueError(f"{function}: {name} is {array.shape}, it must be {targets.shape}")
+    inputs = (dlosses, targets, lse) if in_place else (dlosses, targets, lse, logits)
+    out = _out(function, out, logits.shape, logits.dtype, inputs)
+    _loss.cross_entropy_backward(
+        dlosses, logits, targets, lse, ignore_index, label_smoothing, out, _n_threads
+    )  # fmt: skip
+    return out
+
+
+# Head and cross-entropy ------------------------------------------------------------------------------
+
+# Logits in memory at a time: 4 M elements (16 MB in float32), but at least 128 rows, since the weight is packed again
+# for each chunk.
+_CHUNK_ELEMENTS, _CHUNK_ROWS = 1 << 22, 128
+
+
+def _chunks(n_rows, n_classes):
+    """Slices of rows whose logits fit in a chunk."""
+    step = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(n_classes, 1))
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def _check_head(function, x, weight, targets):
+    _check_linear(function, x, weight)
+    if x.ndim != 2 or targets.shape != x.shape[:1]:
+        raise ValueError(f"{function}: x is {x.shape}, targets is {targets.shape}; they must be (N, C) and (N,)")
+
+
+def linear_cross_entropy_forward(x, weight, targets, *, ignore_index=-100, label_smoothing=0.0):
+    """Softmax cross-entropy of the logits x weight^T, a chunk of rows at a time: they are never all in memory.
+
+    Parameters
+    ----------
+    x : (N, C) array
+    weight : (V, C) array
+    targets : (N,) integer array
+        In [0, V), or `ignore_index`.
+    ignore_index, label_smoothing
+        As `cross_entropy_forward`.
+
+    Returns
+    -------
+    losses, lse : (N,) arrays
+        As `cross_entropy_forward`.
+    """
+    function = "linear_cross_entropy_forward"
+    x, weight = _inputs(function, x=x, weight=weight)
+    targets = _integers(function, "targets", targets)
+    _check_head(function, x, weight, targets)
+    losses, lse = empty(targets.shape, x.dtype), empty(targets.shape, x.dtype)
+    for rows in _chunks(len(x), len(weight)):
+        cross_entropy_forward(
+            linear_forward(x[rows], weight), targets[rows], ignore_index=ignore_index,
+            label_smoothing=label_smoothing, out=(losses[rows], lse[rows]),
+        )  # fmt: skip
+    return losses, lse
+
+
+def linear_cross_entropy_backward(
+    dlosses, x, weight, targets, lse, *, ignore_index=-100, label_smoothing=0.0, out=None, accumulate=False
+):
+    """Gradients of `linear_cross_entropy_forward`; each chunk's logits are computed again.
+
+    Parameters
+    ----------
+    dlosses, lse : (N,) arrays
+    x : (N, C) array
+    weight : (V, C) array
+    targets : (N,) integer array
+    ignore_index, label_smoothing
+        As in the forward pass.
+    out : tuple of two arrays, optional
+        For dx and dweight; None entries are allocated.
+    accumulate : bool
+        Add dweight to the array given in `out` instead of assigning.
+
+    Returns
+    -------
+    dx : (N, C) array
+    dweight : (V, C) array
+    """
+    function = "linear_cross_entropy_backward"
+    inputs = dlosses, x, weight, lse = _inputs(function, dlosses=dlosses, x=x, weight=weight, lse=lse)
+    targets = _integers(function, "targets", targets)
+    _check_head(function, x, weight, targets)
+    for name, array in (("dlosses", dlosses), ("lse", lse)):
+        if array.shape != targets.shape:
+            raise ValueError(f"{function}: {name} is {array.shape}, it must be {targets.shape}")
+    if accumulate and (out is None or out[1] is None):
+        raise ValueError(f"{function}: accumulate=True needs an array for dweight in out")
+    dx, dweight = _outs(function, out, ("dx", "dweight"), (x.shape, weight.shape), x.dtype, inputs)
+    if not len(x) and not accumulate:
+        dweight[...] = 0
+    for rows in _chunks(len(x), len(weight)):
+        logits = linear_forward(x[rows], weight)
+        dlogits = cross_entropy_backward(
+            dlosses[rows], logits, targets[rows], lse[rows], ignore_index=ignore_index,
+            label_smoothing=label_smoothing, out=logits,
+        )  # fmt: skip
+        _gemm.linear_backward_input(dlogits, weight, dx[rows], _n_threads)
+        _gemm.linear_backward_weight(dlogits, x[rows], dweight, accumulate or rows.start > 0, _n_threads)
+    return dx, dweight
 
 
 # Optimizers ------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Lines:
         self._print(_end_line(summary, self.run_dir))
 
     def _print(self, line):
-        print(line, file=self.stream, flush=True)
+        print(_encodable(line, self.stream), file=self.stream, flush=True)
 
 
 class Bar:
@@ -117,7 +117,7 @@ class Bar:
         self.console.print(_evaluation_line(record))
 
     def sample(self, step, text):
-        self.console.print(f"step {step}: {text}", overflow="ellipsis", no_wrap=True)
+        self.console.print(_encodable(f"step {step}: {text}", self.stream), overflow="ellipsis", no_wrap=True)
 
     def end(self, summary):
         self.bar.stop()
@@ -145,6 +145,12 @@ def duration(seconds):
         return f"{seconds} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _encodable(line, stream):
+    """The line with a ? for each character that the stream's encoding lacks: any text may be generated."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return line.encode(encoding, "replace").decode(encoding)
 
 
 def _thousands(value):

@@ -1,7 +1,7 @@
 """A run's directory, as records: writing them while it trains, reading them afterwards.
 
-metrics.jsonl has one JSON object a line: ``step`` (updates done), ``split``, and numbers. JSON has no NaN and no
-infinity: such a number is written as null and read as NaN. A number that was not measured has no key.
+metrics.jsonl has one JSON object a line: ``step`` (updates done), ``split``, and numbers. JSON has no NaN and
+no infinity: such a number is written as null and read as NaN. A number that was not measured has no key.
 """
 
 import json
@@ -163,13 +163,13 @@ def load(path):
     runs = [Run(trial) for trial in sorted(trials.iterdir()) if _is_run(trial)] if trials.is_dir() else []
     if not runs:
         raise InputError(
-            f"{path} holds no run (config.toml, metrics.jsonl) and no sweep with trials (trials/*/config.toml)"
+            f"{path} holds no run (config.toml, metrics.jsonl) and no sweep (trials/*/config.toml)"
         )
     return runs
 
 
 def plain(value):
-    """A value as JSON has it: NumPy numbers and arrays as Python's, what is not finite as None, paths as str."""
+    """A value for JSON: NumPy's numbers and arrays as Python's, NaN and infinity as None, paths as str."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

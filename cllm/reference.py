@@ -1,9 +1,9 @@
 """The specification of every kernel: the same functions in plain float64 NumPy.
 
 Names and the order of arguments are those of `cllm.kernels`; `out` and `accumulate` are left out, and
-results are fresh float64 arrays. The optimizers update their arrays in place, as the kernels do. Nothing here is
-fast: each function says what its kernel must compute, and the tests compare the two. The backward
-functions are themselves checked against finite differences.
+results are fresh float64 arrays. The optimizers update their arrays in place, as the kernels do.
+Nothing here is fast: each function says what its kernel must compute, and the tests compare the two.
+The backward functions are themselves checked against finite differences.
 
 Letters: B batch size, T sequence length, C channels, H heads, D head size, V vocabulary, N rows.
 """
@@ -225,20 +225,22 @@ def _merge_heads(x):
     return np.moveaxis(x, 1, 2).reshape(B, T, H * D)
 
 
-def packed_attention_forward(qkv, n_head, *, is_causal=True, dropout_p=0.0, key=0):
+def packed_attention_forward(qkv, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0):
     """Attention on the packed projection qkv (B, T, 3C) = q | k | v -> out (B, T, C), lse (B, H, T)."""
     (qkv,) = _float64(qkv)
     q, k, v = (_split_heads(part, n_head) for part in np.split(qkv, 3, axis=-1))
-    out, lse = attention_forward(q, k, v, is_causal, dropout_p=dropout_p, key=key)
+    out, lse = attention_forward(q, k, v, is_causal, scale, dropout_p=dropout_p, key=key)
     return _merge_heads(out), lse
 
 
-def packed_attention_backward(dout, qkv, out, lse, n_head, *, is_causal=True, dropout_p=0.0, key=0):
+def packed_attention_backward(
+    dout, qkv, out, lse, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0
+):
     """The gradient of `packed_attention_forward` -> dqkv (B, T, 3C)."""
     dout, qkv, out, lse = _float64(dout, qkv, out, lse)
     q, k, v = (_split_heads(part, n_head) for part in np.split(qkv, 3, axis=-1))
     dout, out = _split_heads(dout, n_head), _split_heads(out, n_head)
-    gradients = attention_backward(dout, q, k, v, out, lse, is_causal, dropout_p=dropout_p, key=key)
+    gradients = attention_backward(dout, q, k, v, out, lse, is_causal, scale, dropout_p=dropout_p, key=key)
     return np.concatenate([_merge_heads(gradient) for gradient in gradients], axis=-1)
 
 
@@ -314,63 +316,59 @@ def linear_cross_entropy_backward(
 # Optimizers (in place) -------------------------------------------------------------------------------
 
 
+def _decayed(grad, param, weight_decay, maximize):
+    """The gradient to descend along, with the decay added."""
+    return (-grad if maximize else grad) + weight_decay * param
+
+
 def sgd_update(
-    param,
-    grad,
-    momentum_buffer,
-    *,
-    lr,
-    momentum=0.0,
-    dampening=0.0,
-    weight_decay=0.0,
-    nesterov=False,
-    first=False,
-):
+    param, grad, momentum_buffer=None, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
+    first=False, maximize=False,
+):  # fmt: skip
     """Gradient descent with momentum, as torch.optim.SGD; the first step sets the buffer to the gradient."""
-    g = grad + weight_decay * param
+    g = _decayed(grad, param, weight_decay, maximize)
     if momentum != 0:
         momentum_buffer[...] = g if first else momentum * momentum_buffer + (1 - dampening) * g
         g = g + momentum * momentum_buffer if nesterov else momentum_buffer
     param -= lr * g
 
 
-def adam_update(param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma & Ba 2015); step counts from 1; weight_decay adds weight_decay * param to the gradient."""
-    g = grad + weight_decay * param
+def adam_update(
+    param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, v_max=None, maximize=False
+):
+    """Adam (Kingma & Ba 2015); step counts from 1; v_max gives AMSGrad (Reddi et al. 2018)."""
+    g = _decayed(grad, param, weight_decay, maximize)
     m[...] = betas[0] * m + (1 - betas[0]) * g
     v[...] = betas[1] * v + (1 - betas[1]) * g**2
+    second = v
+    if v_max is not None:
+        v_max[...] = np.maximum(v_max, v)
+        second = v_max
     m_hat = m / (1 - betas[0] ** step)
-    v_hat = v / (1 - betas[1] ** step)
+    v_hat = second / (1 - betas[1] ** step)
     param -= lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
-def adamw_update(param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+def adamw_update(
+    param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, v_max=None,
+    maximize=False,
+):  # fmt: skip
     """Adam with decoupled decay: param shrinks by lr * weight_decay (Loshchilov & Hutter 2019)."""
     param *= 1 - lr * weight_decay
-    adam_update(param, grad, m, v, step=step, lr=lr, betas=betas, eps=eps)
+    adam_update(param, grad, m, v, step=step, lr=lr, betas=betas, eps=eps, v_max=v_max, maximize=maximize)
 
 
 def rmsprop_update(
-    param,
-    grad,
-    v,
-    *,
-    lr,
-    alpha=0.99,
-    eps=1e-8,
-    weight_decay=0.0,
-    momentum=0.0,
-    momentum_buffer=None,
-    centered=False,
-    grad_average=None,
-):
-    """RMSprop (Tieleman & Hinton 2012) as torch.optim.RMSprop; centered subtracts the squared mean gradient."""
-    g = grad + weight_decay * param
+    param, grad, v, *, lr, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, momentum_buffer=None,
+    grad_avg=None, maximize=False,
+):  # fmt: skip
+    """RMSprop (Tieleman & Hinton 2012) as torch.optim.RMSprop; grad_avg gives the centred form."""
+    g = _decayed(grad, param, weight_decay, maximize)
     v[...] = alpha * v + (1 - alpha) * g**2
     variance = v
-    if centered:
-        grad_average[...] = alpha * grad_average + (1 - alpha) * g
-        variance = v - grad_average**2
+    if grad_avg is not None:
+        grad_avg[...] = alpha * grad_avg + (1 - alpha) * g
+        variance = v - grad_avg**2
     change = g / (np.sqrt(variance) + eps)
     if momentum != 0:
         momentum_buffer[...] = momentum * momentum_buffer + change

@@ -1,7 +1,7 @@
 """Random numbers that depend on names and counters, never on what was drawn before or on threads.
 
-Dropout draws one 64-bit key a call: a hash of (seed, step, micro-batch, call). The kernels hash the key with each
-element's index, so the backward pass draws the same mask again. Initial values come from (seed, parameter name).
+Dropout draws one 64-bit key a call: a hash of (seed, step, micro-batch, call). The kernels hash the key with
+each element's index, so the backward pass draws the same mask again. Initial values come from (seed, name).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def manual_seed(seed):
 
 
 def set_stream(seed, step, micro_batch):
-    """Start the dropout keys of one micro-batch: they depend on these three numbers and the order of calls."""
+    """Start the dropout keys of a micro-batch: they depend on these numbers and the order of calls."""
     global _stream, _calls
     h = 0
     for value in (seed, step, micro_batch):

@@ -50,6 +50,7 @@ class _Mode(threading.local):
 
 _mode = _Mode()
 _numbers = count()
+_new = object.__new__  # results and nodes are made at each operation, without a call of __init__
 _number = attrgetter("number")
 
 
@@ -78,13 +79,6 @@ class Node:
 
     __slots__ = ("backward", "grad", "inputs", "number", "owned")
 
-    def __init__(self, inputs, backward):
-        self.inputs = [(x._node or x) if x.requires_grad else None for x in inputs]
-        self.backward = backward
-        self.number = next(_numbers)
-        self.grad = None
-        self.owned = False
-
 
 def record(array, inputs, backward):
     """The Tensor of an operation's result.
@@ -104,11 +98,21 @@ def record(array, inputs, backward):
     result.data = array if array.__class__ is np.ndarray else np.asarray(array)
     result._grad = None
     if _mode.grad:
+        edges, needed = [], False
         for x in inputs:
             if x.requires_grad:
-                result.requires_grad = True
-                result._node = Node(inputs, backward)
-                return result
+                needed = True
+                edges.append(x._node or x)
+            else:
+                edges.append(None)
+        if needed:
+            node = _new(Node)
+            node.inputs = edges
+            node.backward = backward
+            node.number = next(_numbers)
+            result.requires_grad = True
+            result._node = node
+            return result
     result.requires_grad = False
     result._node = None
     return result
@@ -135,8 +139,8 @@ def _collect(root):
 def _run(root, grad):
     """Propagate `grad` from `root` to the leaves and free each node after it ran.
 
-    Gradients travel by reference: an operation may hand on the very array that it got, or a view of it. So the
-    engine adds in place only to a sum that it has made itself (`owned`).
+    Gradients travel by reference: an operation may hand on the very array that it got, or a view of it. So
+    the engine adds in place only to a sum that it has made itself (`owned`).
     """
     nodes = _collect(root)
     root.grad = grad
@@ -255,6 +259,17 @@ def _keep(grad, shape, axes):
 def _sigmoid(a):
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-a))
+
+
+def _index(item):
+    """A part of an index; an array is copied, since the caller may change it before the backward pass."""
+    if item is None or item is ... or isinstance(item, (int, slice, np.integer)):
+        return item
+    if isinstance(item, (np.ndarray, list)):
+        array = np.array(item, dtype=None if len(item) else np.intp)
+        if array.dtype.kind in "biu":
+            return array
+    raise TypeError("an index of a tensor must be of integers, booleans, slices, None and ...")
 
 
 def _mask(function, mask):
@@ -389,8 +404,8 @@ class Tensor:
     def __array__(self, dtype=None, copy=None):
         if self.requires_grad:
             raise RuntimeError(
-                "NumPy would take this tensor off the tape: use .data or .detach() for its array, or cllm.cat, "
-                "cllm.stack, cllm.where to stay on it"
+                "NumPy would take this tensor off the tape: use .data for its array, or cllm.cat, cllm.stack "
+                "and cllm.where to stay on it"
             )
         return np.array(self.data, dtype=dtype, copy=copy)
 
@@ -403,14 +418,14 @@ class Tensor:
     @grad.setter
     def grad(self, value):
         if value is None or value is self._grad:
-            self._grad = value
+            _set_grad(self, value)
             return
         value = np.asarray(value.data if isinstance(value, Tensor) else value)
         if value.shape != self.data.shape:
             raise ValueError(f"grad: got shape {value.shape}, the tensor is {self.data.shape}")
         target = self.grad_target()[0]
         target[...] = value
-        self._grad = target
+        _set_grad(self, target)
 
     def grad_target(self):
         """The array to write this leaf's gradient to, and whether to add to what it holds."""
@@ -420,7 +435,7 @@ class Tensor:
 
     def grad_written(self, array):
         """Say that the array that `grad_target` gave now holds the gradient."""
-        self._grad = array
+        _set_grad(self, array)
 
     def _accumulate(self, grad):
         """Add a gradient that others may still use."""
@@ -429,7 +444,7 @@ class Tensor:
             np.add(target, grad, out=target)
         else:
             target[...] = grad
-            self._grad = target
+            _set_grad(self, target)
 
     def backward(self, gradient=None):
         """Write the gradient of this tensor with respect to each leaf that requires it into its `grad`.
@@ -442,7 +457,8 @@ class Tensor:
         Raises
         ------
         RuntimeError
-            When there is no graph, when an earlier backward has freed a part of it, or when `gradient` is missing.
+            When there is no graph, when an earlier backward has freed a part of it, or when `gradient` is
+            missing.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor does not require a gradient")
@@ -474,7 +490,10 @@ class Tensor:
         need_x, need_y = x.requires_grad, y.requires_grad
 
         def backward(grad):
-            return _unbroadcast(grad, shape_x) if need_x else None, _unbroadcast(grad, shape_y) if need_y else None
+            return (
+                _unbroadcast(grad, shape_x) if need_x else None,
+                _unbroadcast(grad, shape_y) if need_y else None,
+            )
 
         return record(out, (x, y), backward)
 
@@ -491,7 +510,10 @@ class Tensor:
         need_x, need_y = x.requires_grad, y.requires_grad
 
         def backward(grad):
-            return _unbroadcast(grad, shape_x) if need_x else None, -_unbroadcast(grad, shape_y) if need_y else None
+            return (
+                _unbroadcast(grad, shape_x) if need_x else None,
+                -_unbroadcast(grad, shape_y) if need_y else None,
+            )
 
         return record(_ufunc(np.subtract, x.data, y.data), (x, y), backward)
 
@@ -525,9 +547,7 @@ class Tensor:
             return y
         with np.errstate(all="ignore"):
             if not isinstance(y, Tensor):
-                return record(
-                    _ufunc(np.divide, x.data, y), (x,), lambda grad: (_ufunc(np.divide, grad, y),)
-                )
+                return record(_ufunc(np.divide, x.data, y), (x,), lambda grad: (_ufunc(np.divide, grad, y),))
             b = y.data
             out = _ufunc(np.divide, x.data, b)
         shape_x, shape_y = x.data.shape, b.shape
@@ -674,9 +694,7 @@ class Tensor:
         if min is None and max is None:
             raise ValueError("clamp: min and max are both None, at least one must be given")
         a = self.data
-        low, high = (
-            None if bound is None else np.asarray(bound, a.dtype) for bound in (min, max)
-        )
+        low, high = (None if bound is None else np.asarray(bound, a.dtype) for bound in (min, max))
         out = a if low is None else np.maximum(a, low)
         out = out if high is None else np.minimum(out, high)
 
@@ -693,8 +711,9 @@ class Tensor:
     def softmax(self, dim):
         """exp(x) over its sum along dim."""
         a = self.data
-        out = np.subtract(a, a.max(dim, keepdims=True), out=empty(a.shape, a.dtype))
+        out = empty(a.shape, a.dtype)
         with np.errstate(all="ignore"):
+            np.subtract(a, a.max(dim, keepdims=True), out=out)
             np.exp(out, out=out)
             out /= np.add.reduce(out, axis=dim, keepdims=True)
 
@@ -708,8 +727,9 @@ class Tensor:
     def log_softmax(self, dim):
         """log(softmax(x)) along dim, without taking the log of a rounded 0."""
         a = self.data
-        out = np.subtract(a, a.max(dim, keepdims=True), out=empty(a.shape, a.dtype))
+        out = empty(a.shape, a.dtype)
         with np.errstate(all="ignore"):
+            np.subtract(a, a.max(dim, keepdims=True), out=out)
             out -= np.log(np.add.reduce(np.exp(out), axis=dim, keepdims=True))
 
         def backward(grad):
@@ -753,11 +773,11 @@ class Tensor:
         return record(out, (self,), backward)
 
     def max(self, dim=None, keepdim=False):
-        """The largest element, ties sharing its gradient; with dim, (values, indices) of the first along it."""
+        """The largest element, ties sharing its gradient; with dim, (values, indices) of the first ones."""
         return _extremum(self, dim, keepdim, np.maximum, np.argmax, MaxResult)
 
     def min(self, dim=None, keepdim=False):
-        """The smallest element, ties sharing its gradient; with dim, (values, indices) of the first along it."""
+        """The smallest element, ties sharing its gradient; with dim, (values, indices) of the first ones."""
         return _extremum(self, dim, keepdim, np.minimum, np.argmin, MinResult)
 
     def argmax(self, dim=None):
@@ -810,9 +830,7 @@ class Tensor:
         return record(self.data.transpose(dims), (self,), lambda grad: (grad.transpose(inverse),))
 
     def transpose(self, dim0, dim1):
-        return record(
-            self.data.swapaxes(dim0, dim1), (self,), lambda grad: (grad.swapaxes(dim0, dim1),)
-        )
+        return record(self.data.swapaxes(dim0, dim1), (self,), lambda grad: (grad.swapaxes(dim0, dim1),))
 
     @property
     def T(self):
@@ -841,9 +859,7 @@ class Tensor:
         if lead < 0 or any(n == -1 for n in sizes[:lead]):
             raise ValueError(f"expand: {tuple(sizes)} does not fit a tensor of shape {before}")
         shape = tuple(before[i - lead] if n == -1 else n for i, n in enumerate(sizes))
-        return record(
-            np.broadcast_to(self.data, shape), (self,), lambda grad: (_unbroadcast(grad, before),)
-        )
+        return record(np.broadcast_to(self.data, shape), (self,), lambda grad: (_unbroadcast(grad, before),))
 
     def unbind(self, dim=0):
         """The slices along dim, without it, as a tuple."""
@@ -885,20 +901,11 @@ class Tensor:
     def __getitem__(self, index):
         """Slices, integers, None and ... give views; integer and boolean arrays give copies."""
         data = self.data
-        items = index if isinstance(index, tuple) else (index,)
-        basic = all(
-            item is None or item is ... or (isinstance(item, (int, slice, np.integer)) and not isinstance(item, bool))
-            for item in items
-        )
-        if not basic:
-            items = [np.array(item) if isinstance(item, (list, np.ndarray)) else item for item in items]
-            if any(isinstance(item, Tensor) or (isinstance(item, np.ndarray) and item.dtype.kind == "f") for item in items):
-                raise TypeError("a tensor's index must be of integers, booleans and slices")
-            index = tuple(items)
+        index = tuple(_index(item) for item in (index if isinstance(index, tuple) else (index,)))
+        # Only integer arrays can name an element twice.
+        repeats = any(isinstance(item, np.ndarray) and item.dtype != bool for item in index)
         out = data[index]
         shape, dtype = data.shape, data.dtype
-        # Only integer arrays can name an element twice.
-        repeats = not basic and any(isinstance(item, np.ndarray) and item.dtype.kind in "iu" for item in items)
 
         def backward(grad):
             whole = _zeros(shape, dtype)
@@ -929,7 +936,8 @@ class Tensor:
             raise ValueError(f"gather: the index is {index.shape}, the tensor is {data.shape}")
         if index.size and (index.min() < 0 or index.max() >= data.shape[dim]):
             raise IndexError(
-                f"gather: the index goes from {index.min()} to {index.max()}, it must be in [0, {data.shape[dim]})"
+                f"gather: the index goes from {index.min()} to {index.max()}, "
+                f"it must be in [0, {data.shape[dim]})"
             )
         where = list(np.indices(index.shape, sparse=True))
         where[dim] = index
@@ -952,12 +960,11 @@ class Tensor:
         mask = _mask("masked_fill", mask)
         a = self.data
         shape = a.shape
-        return record(
-            np.where(mask, a.dtype.type(value), a), (self,), lambda grad: (_unbroadcast(np.where(mask, 0, grad), shape),)
-        )
+        out = np.where(mask, a.dtype.type(value), a)
+        return record(out, (self,), lambda grad: (_unbroadcast(np.where(mask, 0, grad), shape),))
 
 
-_new = object.__new__
+_set_grad = Tensor._grad.__set__  # past Parameter.__setattr__, which is for users
 
 
 class Parameter(Tensor):
@@ -986,6 +993,9 @@ class Parameter(Tensor):
                 self.data[...] = value
         else:
             object.__setattr__(self, name, value)
+
+    def __reduce__(self):
+        return Parameter, (self.data, self.requires_grad)  # copies and pickles stand alone
 
     def place(self, data, buffer):
         """Move to `data` and let gradients go to `buffer`, both views of this parameter's shape."""
@@ -1129,7 +1139,8 @@ def where(condition, input, other):
     swapped = not isinstance(input, Tensor)
     x, y = _operands(other, input) if swapped else _operands(input, other)
     if y is NotImplemented:
-        raise TypeError(f"where: got {type(input if swapped else other).__name__}, it must be a Tensor, array or number")
+        got = type(input if swapped else other).__name__
+        raise TypeError(f"where: got {got}, it must be a Tensor, an array or a number")
     if not isinstance(y, Tensor):
         y = Tensor(np.full((), y, x.data.dtype))
     if swapped:
@@ -1171,7 +1182,7 @@ def einsum(equation, *operands):
         for label, n in zip(labels, x.shape):
             if n != sizes.setdefault(label, n) and n != 1:
                 if sizes[label] != 1:
-                    raise ValueError(f"einsum: {equation!r} gives one letter the sizes {sizes[label]} and {n}")
+                    raise ValueError(f"einsum: {equation!r} gives {label} the sizes {sizes[label]} and {n}")
                 sizes[label] = n
     terms = []
     for x, labels in zip(operands, inputs):
@@ -1279,8 +1290,8 @@ def gradcheck(function, inputs, eps=1e-6, atol=1e-5, rtol=1e-3, raise_exception=
     function : callable
         Takes the inputs, returns a Tensor or several.
     inputs : Tensor or sequence of Tensors
-        Those that require a gradient are checked. A float64 input is itself moved, and moved back, so that it may be
-        a parameter that the function uses on its own; a float32 input goes in as a float64 copy.
+        Those that require a gradient are checked. A float64 input is itself moved, and moved back, so that it
+        may be a parameter that the function uses on its own; a float32 input goes in as a float64 copy.
     eps, atol, rtol : float
         The step, and the tolerance |analytic - numeric| <= atol + rtol |numeric|.
     raise_exception : bool
@@ -1333,7 +1344,7 @@ def gradcheck(function, inputs, eps=1e-6, atol=1e-5, rtol=1e-3, raise_exception=
         for (_, x), grad in zip(checked, grads):
             x._grad = grad
     if value() != value():
-        raise GradcheckError("gradcheck: two calls of the function gave different results; is there dropout in it?")
+        raise GradcheckError("gradcheck: two calls of the function differ; is there dropout in it?")
     for (i, x), expected in zip(checked, analytic):
         numeric = np.empty_like(x.data)
         for element in np.ndindex(x.shape):

@@ -30,12 +30,12 @@ from cllm.generate import generate
 from cllm.gpt import GPT
 from cllm.tensor import no_grad
 
-__all__ = ["Trainer", "evaluate", "load", "resume"]
+__all__ = ["Trainer", "evaluate", "load", "load_text", "resume"]
 
 # Sequences of an evaluation's batch hold about this many tokens: enough for the kernels to run at full
 # speed, and no more memory than a training step.
 EVALUATION_TOKENS = 1024
-SAMPLE_LENGTH = 80
+SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
 # What a resumed run may change: all else would make it another run.
 RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads")
@@ -102,17 +102,8 @@ class Trainer:
     def _build(self):
         """Data, model and optimizer; nothing on disk but the data's cache."""
         config, train = self.config, self.config.train
-        self.text = data.load(
-            config.data.source,
-            tokenizer=config.data.tokenizer,
-            val_fraction=config.data.val_fraction,
-            test_fraction=config.data.test_fraction,
-        )
-        # Says which split is too short for the model's block size, before anything is written.
-        block_size = config.model.block_size
-        n_windows = self.text.train.n_windows(block_size)
-        if config.data.val_fraction > 0 or len(self.text.val):
-            self.text.val.n_windows(block_size)
+        self.text = load_text(config)
+        n_windows = self.text.train.n_windows(config.model.block_size)
         self.model = GPT(replace(config.model, vocab_size=self.text.vocab_size), seed=train.seed)
         self.optimizer = optim.build(config.optim, self.model.named_parameters())
         self.parameters = list(self.model.parameters())
@@ -267,7 +258,6 @@ class Trainer:
     def _save(self):
         self.seconds = perf_counter() - self.began
         state = {
-            "step": self.step,
             "position": self.text.train.position(
                 self.position, self.batch_size, self.config.model.block_size
             ),
@@ -333,6 +323,27 @@ class Trainer:
         return self.config.train.threads or kernels.get_num_threads()
 
 
+def load_text(config):
+    """The text that a configuration names, tokenised and cached, as `cllm.data.load` gives it.
+
+    Raises
+    ------
+    InputError
+        When the text cannot be used, or a split is too short for the model's block size.
+    """
+    text = data.load(
+        config.data.source,
+        tokenizer=config.data.tokenizer,
+        val_fraction=config.data.val_fraction,
+        test_fraction=config.data.test_fraction,
+    )
+    # Says which split is too short, before anything is written.
+    text.train.n_windows(config.model.block_size)
+    if config.data.val_fraction > 0 or len(text.val):
+        text.val.n_windows(config.model.block_size)
+    return text
+
+
 def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
     """Continue a run from its newest complete checkpoint, or from step 0 when it has none.
 
@@ -375,7 +386,8 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
         trainer._restore(newest)
     if config.train.max_steps < trainer.step:
         raise InputError(
-            f"train.max_steps is {config.train.max_steps}, but {run_dir} has done {trainer.step} steps already"
+            f"train.max_steps is {config.train.max_steps}, "
+            f"but {run_dir} has done {trainer.step} steps already"
         )
     summary_path.unlink(missing_ok=True)  # it told of an end that is not one any more
     if config != saved:
@@ -452,7 +464,8 @@ def evaluate(model, tokens, batch_size=None):
 def _refuse_used(run_dir):
     if any((run_dir / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
         raise InputError(
-            f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` or choose another run.dir"
+            f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "
+            "or choose another run.dir"
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run.dir is {run_dir}, which is a file; it must be a new or empty folder")
@@ -478,7 +491,7 @@ def _saved_config(run_dir):
 
 @contextmanager
 def _deferred_interrupt():
-    """An event that the first Ctrl-C sets, so that a step is never torn; the second one interrupts at once."""
+    """An event that the first Ctrl-C sets, so that no step is torn; the second one interrupts at once."""
     event = threading.Event()
 
     def handle(signum, frame):

@@ -98,15 +98,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
         file.unlink()
     else:
         file.write_bytes(content[:-3] if damage == "cut" else b"")
-    with pytest.warns(
-        UserWarning, match=rf"damaged checkpoint: .*step-00000002.*{name.replace('.', chr(92) + '.')}"
-    ):
+    with pytest.warns(UserWarning, match=rf"damaged checkpoint: .*step-00000002.*{name}"):
         assert checkpoint.newest(tmp_path) == good
     with pytest.raises(InputError, match=name):
         checkpoint.load(bad)
     flip(good / "model.safetensors")
-    with pytest.warns(UserWarning, match="step-00000001"):
+    with pytest.warns(UserWarning) as seen:
         assert checkpoint.newest(tmp_path) is None
+    assert ["step-00000002" in str(seen[0].message), "step-00000001" in str(seen[1].message)] == [True, True]
     save(tmp_path, 2)  # a resumed run comes to the same step again
     assert checkpoint.newest(tmp_path) == bad
 

@@ -171,17 +171,17 @@ def test_bad_words_are_one_sentence(cllm, tmp_path, words, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", ["empty"]),
-        (b"short", ["block_size", "16"]),
-        (b"a" * 40 + b"\xff" + b"b" * 5000, ["UTF-8", "40"]),
-        ("grün\n".encode("latin-1") * 500, ["UTF-8", "2"]),
+        (b"", ["text.txt", "empty"]),
+        (b"short", ["4 tokens", "block_size", "16"]),
+        (b"a" * 40 + b"\xff" + b"b" * 5000, ["text.txt", "UTF-8", "40"]),
+        ("grün\n".encode("latin-1") * 500, ["text.txt", "UTF-8", "2"]),
     ],
     ids=["empty", "short", "not UTF-8", "latin-1"],
 )
 def test_bad_text_is_one_sentence(cllm, tmp_path, content, expected):
     (tmp_path / "text.txt").write_bytes(content)
     words = ["train", *TINY, "--data.source", "text.txt", "--run.dir", "run"]
-    assert_one_sentence(cllm(*words), "text.txt", *expected)
+    assert_one_sentence(cllm(*words), *expected)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
@@ -217,7 +217,7 @@ def test_a_run_directory_that_is_a_file_or_below_one(cllm, text_file):
 
 
 def test_a_prompt_outside_the_tokenizer(cllm, trained):
-    assert_one_sentence(cllm("sample", trained, "--prompt", "naïve"), "ï")
+    assert_one_sentence(cllm("sample", trained, "--prompt", "naïve"), "U+00EF", "position 2")
     assert_one_sentence(cllm("sample", trained, "--prompt", ""), "prompt")
     assert_one_sentence(cllm("sample", trained, "--prompt", "To", "--temperature", "nan"), "temperature")
     assert_one_sentence(cllm("sample", trained, "--prompt", "To", "--temperature", "-1"), "temperature")
@@ -279,8 +279,8 @@ def test_runs_without_a_directory_are_numbered_after_their_config(cllm, tmp_path
 
 
 def test_a_diverging_run_exits_with_1(cllm, text_file):
-    words = ["--data.source", text_file, "--optim.name", "sgd", "--optim.lr", "1e30", "--optim.grad-clip", "0"]
-    status, out, _ = cllm("train", *TINY, *words, "--run.dir", "run")
+    words = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.grad-clip", "0", "--run.dir", "run"]
+    status, out, _ = cllm("train", *TINY, *words, "--data.source", text_file)
     assert status == 1
     assert "failed" in out
 
@@ -358,9 +358,10 @@ def test_a_reader_that_leaves_is_no_error(words):
     os.close(read)
     try:
         result = subprocess.run(
-            [sys.executable, "-m", "cllm", *words], stdout=write, stderr=subprocess.PIPE, text=True, check=False
-        )
+            [sys.executable, "-m", "cllm", *words],
+            stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
     finally:
         os.close(write)
     assert result.stderr == ""
-    assert result.returncode == 141
+    assert result.returncode in (0, 141)  # argparse drops the error when it writes its help

@@ -38,7 +38,9 @@ def test_defaults_are_the_documented_ones():
 
 
 def test_file_and_overrides(tmp_path):
-    path = write(tmp_path, '[model]\nn_layer = 2\nbias = false\n[train]\nmax_steps = 1e3\nbatch_size = "full"\n')
+    path = write(
+        tmp_path, '[model]\nn_layer = 2\nbias = false\n[train]\nmax_steps = 1e3\nbatch_size = "full"\n'
+    )
     config = load(path, {"model.n_layer": 3, "optim.betas": [0.8, 0.9]})
     assert config.model.n_layer == 3 and config.model.bias is False
     assert config.train.max_steps == 1000 and type(config.train.max_steps) is int
@@ -74,7 +76,7 @@ def test_another_optimizer_starts_from_its_own_defaults():
     [
         ("[model]\nn_layr = 2", r'char.toml: unknown key model.n_layr \(did you mean "model.n_layer"\?\)'),
         ("[model]\nlr = 2", r'unknown key model.lr \(did you mean "optim.lr"\?\)'),
-        ("[model]\nzzz = 2", r"unknown key model.zzz; \[model\] has n_layer|unknown key model.zzz; .*n_layer"),
+        ("[model]\nzzz = 2", r"unknown key model.zzz; \[model\] has .*n_layer"),
         ("[modle]\nn_layer = 2", r'unknown key \[modle\] \(did you mean "model"\?\)'),
         ("lr = 1e-3", r'unknown key lr \(did you mean "optim.lr"\?\)'),
         ("[model]\nvocab_size = 5", r"unknown key model.vocab_size"),
@@ -85,7 +87,7 @@ def test_another_optimizer_starts_from_its_own_defaults():
         ("[optim]\nlr = 0.0", r"optim.*lr.*0"),
         ("[optim]\nlr = true", r"optim.lr is true, it must be a finite number"),
         ('[optim]\nlr = "fast"', r'optim.lr is "fast", it must be a finite number'),
-        ('[optim]\nname = "adamv"', r'optim.name is "adamv" \(did you mean "adamw"\?\), it must be one of'),
+        ('[optim]\nname = "adamww"', r'optim.name is "adamww" \(did you mean "adamw"\?\), it must be one of'),
         ("[optim]\nmomentum = 0.9", r"optim.momentum is not an argument of adamw, which takes .*betas"),
         ("[optim]\nbetas = [0.9]", r"optim.betas is \[0.9\], it must be a list of 2 numbers"),
         ("[optim]\nbetas = [0.9, 1.0]", r"optim.*betas.*1"),
@@ -94,7 +96,10 @@ def test_another_optimizer_starts_from_its_own_defaults():
         ("[train]\nmax_steps = true", r"train.max_steps is true, it must be an integer"),
         ("[train]\nmax_steps = 0", r"char.toml: train.max_steps is 0, it must be at least 1"),
         ("[train]\nbatch_size = 0", r"train.batch_size is 0, it must be at least 1"),
-        ('[train]\nbatch_size = "ful"', r'train.batch_size is "ful" \(did you mean "full"\?\), .*integer or "full"'),
+        (
+            '[train]\nbatch_size = "ful"',
+            r'train.batch_size is "ful" \(did you mean "full"\?\), .*integer or "full"',
+        ),
         ("[train]\ngrad_accum = 0", r"train.grad_accum is 0"),
         ("[train]\neval_interval = -5", r"train.eval_interval is -5, it must be 0 or more"),
         ("[train]\nthreads = -1", r"train.threads is -1"),
@@ -123,6 +128,16 @@ def test_bad_override_names_the_key():
         load(None, {"model.n_heads": 2})
     with pytest.raises(InputError, match=r"^unknown key lr"):
         load(None, {"lr": 2})
+
+
+def test_messages_name_the_file_only_for_what_stands_in_it(tmp_path):
+    path = write(tmp_path, "[train]\nmax_steps = 10\nseed = -1\n")
+    with pytest.raises(InputError, match=r"^train.max_steps is 0, it must be at least 1$"):
+        load(path, {"train.max_steps": 0, "train.seed": 1})
+    with pytest.raises(InputError, match=r"^train.threads is 1.5, it must be an integer$"):
+        load(path, {"train.threads": 1.5, "train.seed": 1})
+    with pytest.raises(InputError, match=r"char.toml: train.seed is -1"):
+        load(path, {"train.max_steps": 5})
 
 
 def test_bad_files(tmp_path):
@@ -157,13 +172,15 @@ def test_parse_value_leaves_text_for_a_string_key():
 
 
 scalars = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
-values = st.one_of(scalars, st.lists(scalars, max_size=3), st.lists(st.lists(scalars, max_size=3), max_size=3))
+lists = st.lists(scalars, max_size=3)
+values = st.one_of(scalars, lists, st.lists(lists, max_size=3))
 tables = st.dictionaries(st.text(), values, max_size=4)
 
 
-@given(
-    st.dictionaries(st.text(), st.one_of(values, tables, st.lists(tables, min_size=1, max_size=3)), max_size=5)
-)
+blocks = st.lists(tables, min_size=1, max_size=3)
+
+
+@given(st.dictionaries(st.text(), st.one_of(values, tables, blocks), max_size=5))
 def test_to_toml_is_read_back_the_same(nested):
     assert tomllib.loads(to_toml(nested)) == nested
 

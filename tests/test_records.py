@@ -31,8 +31,8 @@ def test_values_of_all_kinds_stay_json(tmp_path):
     with records.Recorder(tmp_path) as recorder:
         recorder.write(
             train(np.int64(1), np.float32(0.5))
-            | {"nan": math.nan, "inf": np.float64(-np.inf), "list": (1, np.array([1.0, np.nan])), "path": tmp_path,
-               "text": "\udc80\u2028\r\n", "flag": True, "zero_d": np.array(3)}
+            | {"nan": math.nan, "inf": np.float64(-np.inf), "list": (1, np.array([1.0, np.nan])),
+               "path": tmp_path, "text": "\udc80\u2028\r\n", "flag": True, "zero_d": np.array(3)}
         )  # fmt: skip
     line = (tmp_path / "metrics.jsonl").read_text()
 

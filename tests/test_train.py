@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +18,13 @@ from cllm.errors import InputError
 from cllm.progress import Silent
 from cllm.train import Trainer, evaluate, load, resume
 
-WORDS = "to be or not that is the question whether nobler in mind suffer slings and arrows".split()
+SENTENCE = "to be or not that is the question whether nobler in mind suffer slings and arrows"
 
 
 @pytest.fixture
 def text_path(tmp_path):
     """About 20 kB of made-up text."""
-    chosen = np.random.default_rng(0).choice(WORDS, 4000)
+    chosen = np.random.default_rng(0).choice(SENTENCE.split(), 4000)
     path = tmp_path / "words.txt"
     path.write_text("\n".join(" ".join(chosen[i : i + 8]) for i in range(0, 4000, 8)), encoding="utf-8")
     return path
@@ -136,17 +135,17 @@ def test_evaluation_is_the_mean_over_the_whole_split(tmp_path, text_path):
 
 
 def test_best_checkpoint_is_kept(tmp_path, text_path):
-    # A learning rate that ruins the model after a good start: the best is an early step.
+    # The model is wiped out after a good start, so the best evaluation is an early one.
     config = tiny(
-        text_path, tmp_path / "run", train__max_steps=30, train__eval_interval=5, optim__lr=3e-3,
-        schedule__name="constant", schedule__min_lr=0.0,
+        text_path, tmp_path / "run", train__max_steps=30, train__eval_interval=5,
+        train__checkpoint_interval=10,
     )  # fmt: skip
 
-    def ruin(trainer, record):
-        if trainer.step == 12:
-            trainer.model.flat_data *= 3.0
+    def wipe_out(trainer, record):
+        if trainer.step >= 12:
+            trainer.model.flat_data[...] = 0
 
-    _, summary = fit(config, callbacks=[ruin])
+    _, summary = fit(config, callbacks=[wipe_out])
     _, losses = records.load(tmp_path / "run")[0].series("val", "loss")
     best = 5 * (1 + int(np.argmin(losses)))
     assert best <= 10 and summary["best"] == {"step": best, "val_loss": losses.min()}
@@ -177,8 +176,8 @@ def test_by_hand_equals_trainer(tmp_path, text_path):
 
 def test_grad_accum_equals_the_big_batch(tmp_path, text_path):
     base = {"model__dropout": 0.0, "train__max_steps": 10}
-    big, _ = fit(tiny(text_path, tmp_path / "big", train__batch_size=8, **base))
-    split, _ = fit(tiny(text_path, tmp_path / "split", train__batch_size=2, train__grad_accum=4, **base))
+    fit(tiny(text_path, tmp_path / "big", train__batch_size=8, **base))
+    fit(tiny(text_path, tmp_path / "split", train__batch_size=2, train__grad_accum=4, **base))
     for a, b in zip(untimed(tmp_path / "big"), untimed(tmp_path / "split")):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         if a["split"] == "train":
@@ -262,7 +261,7 @@ import os, signal, sys
 from cllm import config, progress, train
 
 def kill(trainer, record):
-    if trainer.step == 60:
+    if trainer.step == 60 and record["split"] == "train":
         os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
 train.Trainer(config.load(sys.argv[1]), callbacks=[kill], progress=progress.Lines()).fit()
@@ -348,7 +347,7 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, text_path):
     run_dir = tmp_path / "run"
     fit(tiny(text_path, run_dir))
     before = snapshot(run_dir)
-    with pytest.raises(InputError, match=r"^model.n_layer cannot change when a run is resumed, only train.max"):
+    with pytest.raises(InputError, match=r"^model.n_layer cannot change when a run is resumed, only"):
         resume(run_dir, {"model.n_layer": 3})
     with pytest.raises(InputError, match=r"train.max_steps is 10, but .* has done 20 steps already"):
         resume(run_dir, {"train.max_steps": 10})
@@ -461,35 +460,30 @@ def test_bar_on_a_terminal(tmp_path, text_path):
 
 
 def test_duration():
-    assert [progress.duration(s) for s in (0.84, 42.2, 185, 7800)] == ["0.8 s", "42 s", "3 min 5 s", "2 h 10 min"]
+    said = [progress.duration(seconds) for seconds in (0.84, 42.2, 185, 7800)]
+    assert said == ["0.8 s", "42 s", "3 min 5 s", "2 h 10 min"]
 
 
 # Memory ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow(tmp_path, text_path):
+    from cllm._core import pool
+
     seen = {}
 
     def measure(trainer, record):
         if record["split"] == "train" and trainer.step in (100, 2000):
-            seen[trainer.step] = (tracemalloc.get_traced_memory()[0], sum(pool_usage()), resident())
-
-    from cllm._core.pool import usage as pool_usage
-
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            seen[trainer.step] = sys.getallocatedblocks(), sum(pool.usage()), resident
 
     config = tiny(
         text_path, tmp_path / "run", model__n_layer=1, model__n_embd=16, train__max_steps=2000,
         train__checkpoint_interval=0, train__eval_interval=50,
     )  # fmt: skip
-    tracemalloc.start()
-    try:
-        fit(config, callbacks=[measure])
-    finally:
-        tracemalloc.stop()
-    (python, pool, rss), (python_end, pool_end, rss_end) = seen[100], seen[2000]
-    assert python_end - python < 200_000
-    assert pool_end == pool
-    assert rss_end - rss < 4_000_000
+    fit(config, callbacks=[measure])
+    (blocks, pooled, resident), (blocks_end, pooled_end, resident_end) = seen[100], seen[2000]
+    assert blocks_end - blocks < 1000  # Python objects; 1900 steps would leave several each
+    assert pooled_end == pooled
+    assert resident_end - resident < 4_000_000

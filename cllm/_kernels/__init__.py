@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from cllm._core.cpu import supported_isas
+from cllm.errors import InputError
 
 _here = Path(__file__).parent
 #: Variants that were built and that this CPU can run, the best first.
@@ -22,7 +23,7 @@ def _choose():
         return available[0]
     if wanted not in available:
         built = "was not built" if not any(_here.glob(f"{wanted}/gemm.*")) else "this CPU cannot run it"
-        raise ImportError(f"CLLM_ISA={wanted}: {built}; allowed here: {', '.join(available)}")
+        raise InputError(f"CLLM_ISA={wanted}: {built}; allowed here: {', '.join(available)}")
     return wanted
 
 

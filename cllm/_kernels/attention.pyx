@@ -129,13 +129,17 @@ cdef floating softmax_row(floating* s, Py_ssize_t n, Py_ssize_t end, floating* l
     return <floating>1 / v
 
 
-cdef void drop_row(floating* s, Py_ssize_t n, const Shape* shape, Py_ssize_t row, Py_ssize_t first) noexcept nogil:
-    """s[j] = s[j] / (1 - p) or 0, by the random bits of element (row, first + j); row counts all heads' queries."""
-    cdef uint32_t high = cllm_hash_high(shape.key, <uint64_t>row << 32)
+cdef void drop_row(floating* s, Py_ssize_t n, const Shape* shape, uint64_t index) noexcept nogil:
+    """s[j] = s[j] / (1 - p) or 0, by the random bits of element index + j of (B, H, Tq, Tk)."""
+    cdef uint64_t room = (<uint64_t>1 << 32) - <uint32_t>index      # elements with the same high half
+    cdef uint32_t high = cllm_hash_high(shape.key, index)
     cdef floating keep = <floating>shape.keep_scale
     cdef Py_ssize_t j
+    if <uint64_t>n > room:
+        drop_row(s + room, n - <Py_ssize_t>room, shape, index + room)
+        n = <Py_ssize_t>room
     for j in range(n):
-        s[j] = s[j] * keep if cllm_hash(shape.key, high, <uint32_t>(first + j)) < shape.keep_below else <floating>0
+        s[j] = s[j] * keep if cllm_hash(shape.key, high, <uint32_t>(index + j)) < shape.keep_below else <floating>0
 
 
 # Forward ---------------------------------------------------------------------------------------------
@@ -183,7 +187,7 @@ cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* k, Py_s
             n = min(i + 1, Tk) if shape.causal else Tk
             inverse[i - i0] = softmax_row(S + (i - i0) * ld, n, min(n + MR, ld), lse + i)
             if shape.keep_below:
-                drop_row(S + (i - i0) * ld, n, shape, head * Tq + i, 0)
+                drop_row(S + (i - i0) * ld, n, shape, <uint64_t>(head * Tq + i) * Tk)
         for g from i0 <= g < i1 by step:
             mr = min(step, i1 - g)
             n = min(g + mr, Tk) if shape.causal else Tk
@@ -220,7 +224,7 @@ cdef Py_ssize_t backward_scratch(const Shape* shape, Py_ssize_t item_size) noexc
 
 
 cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, floating delta, const Shape* shape,
-                          Py_ssize_t row, Py_ssize_t first) noexcept nogil:
+                          uint64_t index) noexcept nogil:
     """p: scores to probabilities (after dropout: what multiplied V); s: dP to dS.  n <= KEYS elements."""
     cdef floating q[KEYS]
     cdef Py_ssize_t c
@@ -232,12 +236,12 @@ cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, 
                 p[c + l] = exp_(p[c + l] - lse)
                 s[c + l] = p[c + l] * (s[c + l] - delta)
         return
-    drop_row(s, n, shape, row, first)
+    drop_row(s, n, shape, index)
     for c in range(n):
         q[c] = exp_(p[c] - lse)
         s[c] = q[c] * (s[c] - delta)
         p[c] = q[c]
-    drop_row(p, n, shape, row, first)
+    drop_row(p, n, shape, index)
 
 
 cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, Py_ssize_t qt, const floating* k,
@@ -298,7 +302,7 @@ cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, 
                 n = min(i + 1, end) - jb if shape.causal else end - jb
                 if n > 0:
                     score_gradients(P + (i - i0) * ld, S + (i - i0) * ld, n, lse[i], delta[i], shape,
-                                    head * Tq + i, jb)
+                                    <uint64_t>(head * Tq + i) * Tk + jb)
                 else:
                     n = 0
                 for c in range(n, min(n + MR, ld)):

@@ -47,7 +47,7 @@ cdef inline floating bounded(floating v, floating low, floating high) noexcept n
 cdef inline floating sigmoid_2u(floating v) noexcept nogil:
     """1 / (1 + exp(-2u))."""
     return <floating>1 / (<floating>1 + vexp(
-        v * (<floating>-1.5957691216057308 - <floating>0.07135481282749353 * v * v)))
+        v * (<floating>-1.5957691216057308 - <floating>0.07135481627260025 * v * v)))
 
 
 cdef inline floating normal_cdf(floating v) noexcept nogil:
@@ -71,7 +71,7 @@ cdef void gelu_tanh_backward(const floating* dy, const floating* x, floating* dx
         v = bounded(x[i], -10, 10)
         s = sigmoid_2u(v)
         dx[i] = dy[i] * (s + s * (<floating>1 - s) * v * (
-            <floating>1.5957691216057308 + <floating>0.2140644384824806 * v * v))
+            <floating>1.5957691216057308 + <floating>0.21406444881780076 * v * v))
 
 
 cdef void gelu_erf_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:

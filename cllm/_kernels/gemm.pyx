@@ -16,6 +16,18 @@ cnp.import_array()
 cdef extern from "scratch.h" nogil:
     void* cllm_scratch(size_t n_bytes)
 
+cdef extern from *:
+    """
+    #ifdef _OPENMP
+    #define CLLM_OPENMP 1
+    #else
+    #define CLLM_OPENMP 0
+    #endif
+    """
+    bint CLLM_OPENMP
+
+OPENMP = bool(CLLM_OPENMP)              # whether the kernels were built with threads
+
 # Bytes of a column of a K block: 768 float32 when A is read in place, 256 when it is packed (dW), so that
 # a packed block of A and a panel of B stay in L2 together.
 cdef Py_ssize_t K_BYTES = 768 * 4

@@ -11,7 +11,7 @@ from libc.math cimport INFINITY, log
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
+from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_largest, lanes_total
 
 cnp.import_array()
 
@@ -45,9 +45,7 @@ cdef inline floating row_max(const floating* z, Py_ssize_t V) noexcept nogil:
         z += LANES
     for k in range(V % LANES):
         lane[k] = z[k] if z[k] > lane[k] else lane[k]
-    for k in range(1, LANES):
-        lane[0] = lane[k] if lane[k] > lane[0] else lane[0]
-    return lane[0]
+    return lanes_largest(lane)
 
 
 cdef inline double row_sum_exp(const floating* z, floating shift, Py_ssize_t V) noexcept nogil:

@@ -64,8 +64,8 @@ class CharTokenizer:
             character = text[position]
             raise InputError(
                 f"{name} has the character {character!a} (U+{ord(character):04X}) at position "
-                f"{position}, but this tokenizer knows only the {self.vocab_size} characters that it was trained "
-                f"on: {_excerpt(self.characters)}"
+                f"{position}, but this tokenizer knows only the {self.vocab_size} characters that it was "
+                f"trained on: {_excerpt(self.characters)}"
             )
 
     def decode(self, tokens):

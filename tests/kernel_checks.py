@@ -1,0 +1,116 @@
+"""What the kernel tests share: the error measure, arrays that are hard to read, threads, bad `out` arrays."""
+
+import numpy as np
+import pytest
+
+from cllm import kernels
+
+DTYPES = [np.float32, np.float64]
+TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-12}
+
+
+def values(*shape, dtype=np.float64, seed=0, scale=1.0):
+    """Normal random numbers."""
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+
+
+def error(result, expected):
+    """Norm of the error / norm of the expected array, taken as 1e-3 where it is smaller: it may be 0."""
+    expected = np.asarray(expected, np.float64)
+    size = max(np.linalg.norm(expected.ravel()), 1e-3)
+    return np.linalg.norm((np.asarray(result, np.float64) - expected).ravel()) / size
+
+
+def assert_close(result, expected, dtype):
+    """Shape, dtype and error of a result, or of a tuple of results; None stands for None."""
+    if isinstance(expected, tuple):
+        assert len(result) == len(expected)
+        for one, other in zip(result, expected):
+            assert_close(one, other, dtype)
+    elif expected is None:
+        assert result is None
+    else:
+        assert result.dtype == dtype
+        assert result.shape == np.shape(expected)
+        assert error(result, expected) < TOLERANCE[np.dtype(dtype)]
+
+
+def same_bits(a, b):
+    """Whether two arrays, or tuples of arrays, hold the same bytes."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b))
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def with_threads(n, function):
+    """function() with n threads."""
+    before = kernels.get_num_threads()
+    kernels.set_num_threads(n)
+    try:
+        return function()
+    finally:
+        kernels.set_num_threads(before)
+
+
+def assert_same_at_any_thread_count(function):
+    one = with_threads(1, function)
+    for n in (2, 3):
+        assert same_bits(with_threads(n, function), one)
+
+
+def strided(x):
+    """x with gaps between its elements."""
+    wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), 7, x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def read_only(x):
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def assert_reads_any_array(function, *arrays):
+    """The same bits from plain, read-only and strided inputs; the inputs stay as they were."""
+    expected = function(*arrays)
+    assert same_bits(function(*[read_only(x) for x in arrays]), expected)
+    views = [strided(x) for x in arrays]
+    assert same_bits(function(*views), expected)
+    for view, x in zip(views, arrays):
+        assert np.array_equal(view, x)
+
+
+def assert_refuses(kind, message, function, *arguments, **options):
+    """function(...) raises this kind of error with exactly this message."""
+    with pytest.raises(kind) as caught:
+        function(*arguments, **options)
+    assert str(caught.value) == message
+
+
+def assert_refuses_bad_out(call, good, overlapping):
+    """call(out=) writes to a good array and refuses each kind of bad one, which it leaves alone.
+
+    good: an array of the result's shape and dtype; overlapping: one that shares memory with an input.
+    """
+    good = np.zeros_like(good)
+    assert call(good) is good
+    wide = np.zeros((*good.shape[:-1], 2 * good.shape[-1]), good.dtype)
+    frozen = np.zeros_like(good)
+    frozen.flags.writeable = False
+    other = np.float64 if good.dtype == np.float32 else np.float32
+    cases = [
+        (wide[..., ::2], ValueError, "is strided, it must be C-contiguous"),
+        (frozen, ValueError, "is read-only, it must be writable"),
+        (overlapping, ValueError, "overlaps an input"),
+        (np.zeros((*good.shape, 1), good.dtype), ValueError, "it must be"),
+        (np.zeros(good.shape, other), TypeError, "it must be"),
+        (good.tolist(), TypeError, "it must be a NumPy array"),
+    ]
+    for out, kind, message in cases:
+        before = np.array(out)
+        with pytest.raises(kind, match=message):
+            call(out)
+        assert np.array_equal(before, np.array(out))

@@ -1,0 +1,238 @@
+"""Figures: what they show, checked on their matplotlib objects, and that nothing is cut or overlaps."""
+
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from cllm import figures, records
+from cllm.errors import InputError
+
+LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+SEEDS = [0, 1, 2]
+
+
+def final_loss(lr, seed):
+    """A valley over the learning rate with its lowest point at 3e-3, and a spread between seeds."""
+    return 1.9 + 0.3 * math.log10(lr / 3e-3) ** 2 + 0.02 * (seed - 1)
+
+
+def write_run(path, config, end, state="finished", steps=60):
+    """A run's directory with a loss that falls from 4.5 to `end`."""
+    path.mkdir(parents=True)
+    sections = {}
+    for key, value in {"data.tokenizer": "char", "run.dir": str(path), **config}.items():
+        section, name = key.split(".")
+        text = f'"{value}"' if isinstance(value, str) else str(value)
+        sections.setdefault(section, []).append(f"{name} = {text}\n")
+    toml = "".join(f"[{name}]\n{''.join(lines)}" for name, lines in sections.items())
+    (path / "config.toml").write_text(toml, encoding="utf-8")
+    noise = np.random.default_rng(config["train.seed"]).normal(0, 0.05, steps)
+    with records.Recorder(path) as recorder:
+        for step in range(1, steps + 1):
+            loss = end + (4.5 - end) * math.exp(-(step - 1) / 8)
+            lr = config.get("optim.lr", 1e-3) * min(1, step / 10) * (1.1 - step / steps)
+            recorder.write({
+                "step": step, "split": "train", "loss": loss + noise[step - 1] * (step > 1), "lr": lr,
+                "grad_norm": 4 * math.exp(-step / 20) + 0.2,
+            })  # fmt: skip
+            if step % 20 == 0:
+                recorder.write({"step": step, "split": "val", "loss": end if step == steps else loss})
+    records.write_summary(path, {"state": state})
+
+
+@pytest.fixture
+def sweep_dir(tmp_path):
+    """Five learning rates, three seeds."""
+    for setting, lr in enumerate(LRS):
+        for seed in SEEDS:
+            path = tmp_path / "trials" / f"s{setting:03d}-seed{seed}"
+            write_run(path, {"optim.lr": lr, "train.seed": seed}, final_loss(lr, seed))
+    toml = '[sweep]\nobjective = "val.loss"\nat = "last"\ngoal = "minimize"\n[[space]]\n"optim.lr" = []\n'
+    (tmp_path / "sweep.toml").write_text(toml, encoding="utf-8")
+    return tmp_path
+
+
+def assert_tidy(figure):
+    """Nothing is cut off, no tick labels overlap, and the legend lies outside the axes."""
+    figure.draw_without_rendering()
+    shown = []
+    for axes in figure.axes:
+        shown += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            labels = [tick.label1 for tick in ticks if tick.label1.get_visible() and tick.label1.get_text()]
+            boxes = [label.get_window_extent() for label in labels]
+            for i, box in enumerate(boxes):
+                assert not any(box.overlaps(other) for other in boxes[:i]), labels[i].get_text()
+            shown += labels
+        for legend in figure.legends:
+            assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
+    page = figure.bbox.padded(1)
+    for artist in shown + [text for legend in figure.legends for text in legend.get_texts()]:
+        if artist.get_text():
+            box = artist.get_window_extent()
+            assert page.contains(box.x0, box.y0) and page.contains(box.x1, box.y1), artist.get_text()
+
+
+def title_of(figure):
+    return figure.axes[0].get_title(loc="left")
+
+
+def line_at(axes, marker):
+    return [line for line in axes.get_lines() if line.get_marker() == marker]
+
+
+def legend_texts(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def test_loss_curves_has_one_colour_a_setting_and_the_schedule_below(sweep_dir):
+    figure = figures.loss_curves(records.load(sweep_dir))
+    assert isinstance(figure, Figure)
+    loss, lr, norm = figure.axes
+    assert loss.get_ylabel() == "loss (nats per character)"
+    assert (lr.get_ylabel(), norm.get_ylabel()) == ("learning rate", "gradient norm")
+    assert norm.get_xlabel() == "step"
+    assert loss.get_shared_x_axes().joined(loss, norm)
+    assert len({line.get_color() for line in loss.get_lines()}) == len(LRS)
+    assert legend_texts(figure)[:2] == ["lr = 0.0003", "lr = 0.001"]
+    assert lr.get_yscale() == "log"  # two decades of learning rates
+    (means,) = (line.get_ydata() for line in loss.get_lines() if line.get_marker() == "D")
+    assert means[-1] == pytest.approx(final_loss(3e-3, 1))
+    assert_tidy(figure)
+
+
+def test_loss_curves_of_one_run(sweep_dir):
+    figure = figures.loss_curves(records.load(sweep_dir / "trials" / "s001-seed2"))
+    assert legend_texts(figure)[0] == "s001-seed2"
+    assert figure.axes[1].get_yscale() == "linear"
+    assert_tidy(figure)
+
+
+def test_loss_curves_keeps_to_the_best_settings_of_many(tmp_path):
+    for index in range(12):
+        config = {"optim.lr": 1e-3 + index / 1e4, "train.seed": 0}
+        write_run(tmp_path / "trials" / f"s{index:03d}-seed0", config, 2 + index / 10)
+    figure = figures.loss_curves(records.load(tmp_path))
+    assert "best 7 of 12 settings" in title_of(figure)
+    assert legend_texts(figure)[0] == "lr = 0.001"
+    assert_tidy(figure)
+
+
+def test_a_run_that_blows_up_does_not_flatten_the_others(tmp_path):
+    write_run(tmp_path / "trials" / "s000-seed0", {"optim.lr": 1e-3, "train.seed": 0}, 2.0)
+    write_run(tmp_path / "trials" / "s001-seed0", {"optim.lr": 1.0, "train.seed": 0}, 500.0)
+    runs = records.load(tmp_path)
+    assert figures.loss_curves(runs).axes[0].get_ylim()[1] < 6
+    figure = figures.against(runs, "optim.lr")
+    assert figure.axes[0].get_ylim()[1] < 6
+    assert "1 of 1" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_against_draws_means_standard_errors_and_single_seeds(sweep_dir):
+    figure = figures.against(records.load(sweep_dir), "optim.lr", "val.loss", over="train.seed")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["0.0003", "0.001", "0.003", "0.01", "0.03"]
+    (bars,) = axes.containers
+    lines, _, (segments,) = bars
+    values = np.array([[final_loss(lr, seed) for seed in SEEDS] for lr in LRS])
+    errors = values.std(1, ddof=1) / math.sqrt(len(SEEDS))
+    np.testing.assert_allclose(lines.get_xdata().astype(float), LRS)
+    np.testing.assert_allclose(lines.get_ydata().astype(float), values.mean(1))
+    drawn = np.array([segment[:, 1] for segment in segments.get_segments()])
+    np.testing.assert_allclose(drawn, np.stack([values.mean(1) - errors, values.mean(1) + errors], 1))
+    dots = np.concatenate([line.get_ydata() for line in line_at(axes, ".")])
+    np.testing.assert_allclose(np.sort(dots), np.sort(values.ravel()))
+    (star,) = line_at(axes, "*")
+    assert star.get_xdata() == [3e-3]
+    assert "best: lr = 0.003: 1.900 ± 0.012" in legend_texts(figure)
+    assert title_of(figure) == "Validation loss at the last step: mean ± standard error, 3 seeds"
+    assert_tidy(figure)
+
+
+def test_against_shows_failures_at_the_top_and_gives_them_no_mean(sweep_dir):
+    path = sweep_dir / "trials" / "s004-seed1"
+    records.write_summary(path, {"state": "failed"})
+    figure = figures.against(records.load(sweep_dir), "optim.lr")
+    (axes,) = figure.axes
+    (cross,) = line_at(axes, "X")
+    assert cross.get_xdata() == [3e-2]
+    assert [text.get_text() for text in axes.texts] == ["1 of 3"]
+    assert len(axes.containers[0][0].get_xdata()) == 4
+    assert "failed or diverged, of all runs there" in legend_texts(figure)
+    assert_tidy(figure)
+
+
+def test_against_has_a_line_for_each_other_setting_and_beside_each_other_for_words(tmp_path):
+    for index, (name, lr) in enumerate([(name, lr) for name in ("adamw", "sgd") for lr in (1e-3, 3e-3)]):
+        for seed in SEEDS:
+            config = {"optim.name": name, "optim.lr": lr, "train.seed": seed}
+            if name == "sgd":
+                config["optim.momentum"] = 0.9  # follows from the name, so labels leave it out
+            path = tmp_path / "trials" / f"s{index:03d}-seed{seed}"
+            write_run(path, config, final_loss(lr, seed) + index / 10)
+    runs = records.load(tmp_path)
+    figure = figures.against(runs, "optim.lr")
+    assert legend_texts(figure)[:2] == ["optim = adamw", "optim = sgd"]
+    assert_tidy(figure)
+    figure = figures.against(runs, "optim.name")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["adamw", "sgd"]
+    assert legend_texts(figure)[:2] == ["lr = 0.001", "lr = 0.003"]
+    assert figure.axes[0].get_xlabel() == "optimizer"
+    assert_tidy(figure)
+
+
+def test_against_at_best_and_maximize(sweep_dir):
+    runs = records.load(sweep_dir)
+    assert "at its best" in title_of(figures.against(runs, "optim.lr", at="best"))
+    (star,) = line_at(figures.against(runs, "optim.lr", goal="maximize").axes[0], "*")
+    worst = max(LRS, key=lambda lr: final_loss(lr, 1))
+    assert star.get_xdata() == [worst]
+
+
+def test_against_one_seed_has_no_error_bars(sweep_dir):
+    runs = [run for run in records.load(sweep_dir) if run.config["train.seed"] == 0]
+    figure = figures.against(runs, "optim.lr")
+    assert title_of(figure).endswith("one seed")
+    assert figure.axes[0].containers[0].has_yerr is False
+    assert "±" not in "".join(legend_texts(figure))
+
+
+def test_bad_keys_are_named(sweep_dir):
+    runs = records.load(sweep_dir)
+    with pytest.raises(InputError, match=r'no run has the key "optim\.lrr" .*did you mean "optim\.lr"'):
+        figures.against(runs, "optim.lrr")
+    with pytest.raises(InputError, match=r'no finished run has recorded "val\.accuracy"'):
+        figures.against(runs, "optim.lr", "val.accuracy")
+    with pytest.raises(InputError, match="no loss curve"):
+        figures.loss_curves([])
+
+
+def test_for_directory_writes_png_and_svg_that_are_the_same_each_time(sweep_dir):
+    paths = figures.for_directory(sweep_dir)
+    assert [path.name for path in paths] == [
+        "val.loss-against-optim.lr.png", "val.loss-against-optim.lr.svg", "loss_curves.png", "loss_curves.svg"
+    ]  # fmt: skip
+    assert {path.parent for path in paths} == {sweep_dir / "figures"}
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in figures.for_directory(sweep_dir)] == before
+    (one, two) = figures.for_directory(sweep_dir / "trials" / "s000-seed0", out=sweep_dir / "elsewhere")
+    assert one == sweep_dir / "elsewhere" / "loss_curves.png" and two.exists()
+
+
+def test_a_sweep_whose_trials_all_failed_still_has_its_loss_curves(sweep_dir):
+    for path in (sweep_dir / "trials").iterdir():
+        records.write_summary(path, {"state": "failed"})
+    assert [path.name for path in figures.for_directory(sweep_dir)] == ["loss_curves.png", "loss_curves.svg"]
+
+
+def test_the_callers_style_is_left_alone(sweep_dir):
+    before = dict(matplotlib.rcParams)
+    figures.save(figures.loss_curves(records.load(sweep_dir)), sweep_dir / "new" / "figure")
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,482 @@
+"""Sweeps: the file, what workers do and survive, the table, the verdict."""
+
+import csv
+import fcntl
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from cllm import config, records, sweep, train, verdict, watch
+from cllm.errors import InputError
+from cllm.progress import Silent
+
+BASE = """
+[data]
+source = "{source}"
+[model]
+n_layer = 1
+n_head = 2
+n_embd = 16
+block_size = 16
+[schedule]
+warmup_steps = 2
+min_lr = 0.0
+[train]
+batch_size = 4
+max_steps = 12
+eval_interval = 6
+checkpoint_interval = 4
+"""
+LONG = BASE.replace("max_steps = 12", "max_steps = 500").replace("interval = 4", "interval = 50")
+SPACE = """
+[sweep]
+base = "base.toml"
+seeds = [1, 0]
+[[space]]
+"optim.lr" = [1e-3, 1e-2]
+"""
+ONE = '\n[[space]]\n"optim.lr" = 1e-3\n'
+
+
+class Quiet:
+    """A display that keeps what it is told."""
+
+    def start(self, sweep, directory, results, n_workers):
+        self.n_workers, self.ended_results, self.steps = n_workers, [], []
+
+    def step(self, trial, step, loss):
+        self.steps.append((trial.name, step))
+
+    def ended(self, result):
+        self.ended_results.append(result)
+
+    def end(self, text):
+        self.text = text
+
+
+@pytest.fixture
+def write(tmp_path, text_file):
+    """Write a sweep's file beside its base and return its path."""
+
+    def write(text=SPACE, base=BASE):
+        (tmp_path / "base.toml").write_text(base.format(source=text_file), encoding="utf-8")
+        path = tmp_path / "sweep.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def small(write):
+    return sweep.Sweep.load(write())
+
+
+def table(directory):
+    with open(directory / "results.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(directory):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in table(directory)]
+
+
+# The file --------------------------------------------------------------------------------------------
+
+
+def test_settings_are_the_union_of_products(write):
+    plan = sweep.Sweep.load(write("""
+        [sweep]
+        base = "base.toml"
+        seeds = [5, 3]
+        [[space]]
+        "optim.lr" = [1e-3, 3e-3]
+        "model.n_embd,model.n_head" = [[16, 2], [32, 4]]
+        "optim.betas" = [[0.9, 0.99]]
+        [[space]]
+        "optim.name" = "sgd"
+        "optim.momentum" = 0.9
+        "optim.lr" = [0.1]
+        [[space]]
+        "optim.lr" = 3e-3
+        "optim.betas" = [[0.9, 0.99]]
+        "model.n_embd" = 32
+        "model.n_head" = 4
+    """))  # fmt: skip
+    adamw = [
+        {"optim.lr": lr, "model.n_embd": width, "model.n_head": heads, "optim.betas": [0.9, 0.99]}
+        for lr, (width, heads) in itertools.product([1e-3, 3e-3], [(16, 2), (32, 4)])
+    ]
+    assert plan.settings == [*adamw, {"optim.name": "sgd", "optim.momentum": 0.9, "optim.lr": 0.1}]
+    assert [trial.name for trial in plan.trials()][:3] == ["s000-seed3", "s000-seed5", "s001-seed3"]
+    words = "optim.lr = 0.001, model.n_embd = 16, model.n_head = 2, optim.betas = [0.9, 0.99]"
+    assert plan.describe(0) == words
+
+
+def test_a_trial_is_the_base_with_its_setting_seed_and_threads(small, text_file):
+    trial = small.trials()[3]
+    made = small.trial_config(trial, "somewhere")
+    assert (trial.setting, trial.seed) == (1, 1)
+    assert made.data.source == str(text_file)
+    assert (made.optim.lr, made.model.n_embd, made.train.seed, made.train.threads) == (1e-2, 16, 1, 1)
+    assert made.run.dir == os.path.join("somewhere", "trials", "s001-seed1")
+
+
+def test_the_sweeps_base_section_and_overrides_win_over_the_base_file(write):
+    path = write(SPACE + "[base.train]\nmax_steps = 30\neval_interval = 10\n")
+    plan = sweep.Sweep.load(path, {"base.train.max_steps": 40, "sweep.seeds": [7]})
+    (first, _) = plan.trials()
+    made = plan.trial_config(first)
+    assert (made.train.max_steps, made.train.eval_interval, made.train.checkpoint_interval) == (40, 10, 4)
+    assert first.seed == 7
+
+
+def test_what_an_optimizer_lacks_is_left_out_of_the_base_with_a_notice(write):
+    base = BASE + "[optim]\nname = 'adamw'\nbetas = [0.9, 0.95]\nweight_decay = 0.2\n"
+    text = '[sweep]\nbase = "base.toml"\n[[space]]\n"optim.name" = ["adamw", "sgd"]'
+    plan = sweep.Sweep.load(write(text, base))
+    adamw, sgd = (plan.trial_config(trial).optim for trial in plan.trials()[::3])
+    assert adamw.arguments["betas"] == (0.9, 0.95)
+    assert "betas" not in sgd.arguments and sgd.arguments["weight_decay"] == 0.2
+    assert plan.notices == ['optim.betas of the base is left out where optim.name is "sgd"']
+    with pytest.raises(InputError, match=r"optim\.betas is not an argument of sgd"):
+        sweep.Sweep.load(write('[[space]]\n"optim.name" = "sgd"\n"optim.betas" = [[0.9, 0.95]]'))
+
+
+def test_the_resolved_copy_is_a_sweep_of_its_own(small, tmp_path):
+    (tmp_path / "copy").mkdir()
+    copy = tmp_path / "copy" / "sweep.toml"
+    copy.write_text(config.to_toml(small.resolved()), encoding="utf-8")
+    again = sweep.Sweep.load(copy)
+    assert again == small
+    for trial in small.trials():
+        assert again.trial_config(trial) == small.trial_config(trial)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[space]]\n"optim.lrr" = [1e-3]', 'unknown key optim.lrr (did you mean "optim.lr"?)'),
+        ('[[space]]\n"optim.lr" = [1e-3, "fast"]', "setting 1 (optim.lr = fast): optim.lr is"),
+        ('[[space]]\n"optim.lr" = [1e-3, nan]', "optim.lr is nan"),
+        ('[[space]]\n"model.n_embd" = [16, 17]', "setting 1 (model.n_embd = 17)"),
+        ('[[space]]\n"optim.lr" = []', '"optim.lr" = [] leaves nothing to run'),
+        ("", "there is no [[space]]"),
+        ('[space]\n"optim.lr" = [1e-3]', "space must be made of blocks: [[space]]"),
+        ("[[space]]\noptim.lr = [1e-3]", 'a dotted key in [[space]] needs quotes: "optim.lr"'),
+        ('[[space]]\n"optim.lr" = {low = 1e-4, high = 1e-2, log = true}', "ranges are not supported so far"),
+        ('[[space]]\n"model.n_embd,model.n_head" = [16, 2]', "moves 2 keys together"),
+        ('[[space]]\n"train.seed" = [1, 2]', "train.seed cannot be part of [[space]], use sweep.seeds"),
+        (f'[sweep]\nmethod = "random"\ntrials = 5{ONE}', 'only sweep.method = "grid"'),
+        (f'[sweep]\nmethod = "gird"{ONE}', "sweep.method is 'gird', it must be \"grid\""),
+        (f"[sweep]\nsede = [1]{ONE}", 'unknown key sweep.sede (did you mean "seeds"?)'),
+        (f"[sweep]\nseeds = []{ONE}", "sweep.seeds is [], it must be a list of integers"),
+        (f"[sweep]\nseeds = [1, 1]{ONE}", "each seed must be there once"),
+        (f'[sweep]\nobjective = "loss"{ONE}', 'it must be like "val.loss"'),
+        (f"[sweep]\nthreads = 0{ONE}", "sweep.threads is 0"),
+        (f'[prune]\nmethod = "halving"{ONE}', "pruning is not supported so far"),
+        (f"[confirm]\ntop = 2{ONE}", "[confirm] is not supported so far"),
+        ('[spaces]\n"optim.lr" = 1e-3', 'unknown key spaces (did you mean "space"?)'),
+        (f"[base.trian]\nmax_steps = 5{ONE}", "unknown key [trian]"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(write, text, message):
+    path = write(text)
+    with pytest.raises(InputError) as caught:
+        sweep.Sweep.load(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_bad_overrides_and_missing_files(write, tmp_path):
+    with pytest.raises(InputError, match=r"train\.max_steps is not a key of a sweep"):
+        sweep.Sweep.load(write(), {"train.max_steps": 3})
+    with pytest.raises(FileNotFoundError, match=r"other\.toml"):
+        sweep.Sweep.load(write('[sweep]\nbase = "other.toml"\n[[space]]\n"optim.lr" = 1e-3'))
+
+
+# Running ---------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_its_trials_and_writes_table_summary_and_copy(small, tmp_path):
+    directory = tmp_path / "out"
+    shown = Quiet()
+    summary = sweep.run(small, directory, workers=2, progress=shown)
+    assert shown.n_workers == 2 and len(shown.ended_results) == 4
+    rows = table(directory)
+    assert list(rows[0]) == ["setting", "seed", "optim.lr", "state", "step", "val.loss", "error", "seconds"]
+    assert [(row["setting"], row["seed"], row["optim.lr"]) for row in rows] == [
+        ("0", "0", "0.001"), ("0", "1", "0.001"), ("1", "0", "0.01"), ("1", "1", "0.01")
+    ]  # fmt: skip
+    assert {(row["state"], row["step"], row["error"]) for row in rows} == {("finished", "12", "")}
+    for run, row in zip(records.load(directory), rows):
+        assert float(row["val.loss"]) == run.series("val", "loss")[1][-1]
+    assert json.loads((directory / "summary.json").read_text()) == summary
+    assert summary["trials"] == {"finished": 4, "failed": 0}
+    values = [float(row["val.loss"]) for row in rows[2:]]
+    (best, _) = summary["settings"]
+    assert best["values"] == {"optim.lr": 1e-2} and best["n"] == 2
+    assert best["mean"] == pytest.approx(np.mean(values))
+    assert best["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(2))
+    assert summary["verdict"] in shown.text
+    assert sweep.Sweep.load(directory / "sweep.toml") == small
+
+
+def test_workers_change_nothing_and_a_trial_is_an_ordinary_run(small, tmp_path):
+    sweep.run(small, tmp_path / "one", workers=1, progress=Quiet())
+    sweep.run(small, tmp_path / "three", workers=3, progress=Quiet())
+    assert without_seconds(tmp_path / "one") == without_seconds(tmp_path / "three")
+    trial = small.trials()[1]
+    alone = train.Trainer(small.trial_config(trial, tmp_path / "alone"), progress=Silent()).fit()
+    assert repr(alone["val_loss"]) == without_seconds(tmp_path / "one")[1]["val.loss"]
+
+
+def test_running_a_finished_sweep_again_changes_no_file(small, tmp_path):
+    directory = tmp_path / "out"
+    first = sweep.run(small, directory, workers=2, progress=Quiet())
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    shown = Quiet()
+    again = sweep.run(small, directory, workers=2, progress=shown)
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
+    assert shown.n_workers == 0 and again["verdict"] == first["verdict"]
+
+
+def test_a_failing_trial_is_reported_and_the_others_go_on(write, tmp_path):
+    plan = sweep.Sweep.load(write(SPACE.replace("1e-2]", "1e30]")))
+    directory = tmp_path / "out"
+    summary = sweep.run(plan, directory, workers=2, progress=Quiet())
+    rows = table(directory)
+    assert [row["state"] for row in rows] == ["finished", "finished", "failed", "failed"]
+    assert "loss is" in rows[2]["error"] and rows[2]["val.loss"] == ""
+    assert summary["trials"] == {"finished": 2, "failed": 2}
+    assert "2 of 4 trials failed, first s001-seed0 with: " in summary["verdict"]
+    assert "optim.lr = 1e+30: 0/2 finished, ranked below complete settings." in summary["verdict"]
+    shown = Quiet()
+    sweep.run(plan, directory, workers=2, progress=shown)  # failed ones are tried again
+    assert sorted(result.trial.name for result in shown.ended_results) == ["s001-seed0", "s001-seed1"]
+
+
+def test_an_exception_in_a_trial_is_its_result_with_the_traceback_beside_it(small, tmp_path):
+    directory = tmp_path / "out"
+    (directory / "trials" / "s000-seed1").mkdir(parents=True)
+    (directory / "trials" / "s000-seed1" / "checkpoints").write_text("a file where a folder should be")
+    sweep.run(small, directory, workers=2, progress=Quiet())
+    rows = table(directory)
+    assert [row["state"] for row in rows] == ["finished", "failed", "finished", "finished"]
+    assert "already holds a run" in rows[1]["error"]
+    assert "Traceback" in (directory / "trials" / "s000-seed1" / "error.txt").read_text()
+
+
+class Killer(Quiet):
+    """Kills the worker of one trial when it reports its first step."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def step(self, trial, step, loss):
+        if trial.name == self.name:
+            self.name = None
+            for child in children():
+                if trial.name in open_files(child):
+                    os.kill(child, signal.SIGKILL)
+
+
+def children():
+    path = f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+    with open(path) as file:
+        return list(map(int, file.read().split()))
+
+
+def open_files(pid):
+    folder = f"/proc/{pid}/fd"
+    return " ".join(os.readlink(f"{folder}/{name}") for name in os.listdir(folder))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the worker through /proc")
+def test_a_killed_worker_fails_its_trial_alone_and_a_second_run_mends_it(write, tmp_path):
+    # Long enough that the worker is still training when its first report has arrived.
+    plan = sweep.Sweep.load(write(base=LONG))
+    sweep.run(plan, tmp_path / "undisturbed", workers=2, progress=Quiet())
+    directory = tmp_path / "out"
+    summary = sweep.run(plan, directory, workers=2, progress=Killer("s000-seed1"))
+    rows = table(directory)
+    assert [row["state"] for row in rows] == ["finished", "failed", "finished", "finished"]
+    assert rows[1]["error"].startswith("worker died: signal 9 (SIGKILL)")
+    assert "1/2 finished" in summary["verdict"]
+    sweep.run(plan, directory, workers=2, progress=Quiet())
+    assert without_seconds(directory) == without_seconds(tmp_path / "undisturbed")
+    assert not list(directory.rglob("error.txt"))
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_continues(write, tmp_path):
+    path = write(base=LONG)
+    plan = sweep.Sweep.load(path)
+    sweep.run(plan, tmp_path / "undisturbed", workers=2, progress=Quiet())
+    directory = tmp_path / "out"
+    command = [sys.executable, "-m", "cllm", "sweep", path, "--run.dir", directory, "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(directory.rglob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "again" in errors
+    assert "trials finished" in output
+    assert "pending" in {row["state"] for row in table(directory)}
+    subprocess.run(command, check=True, capture_output=True)
+    assert without_seconds(directory) == without_seconds(tmp_path / "undisturbed")
+
+
+def test_another_sweep_in_the_directory_is_refused_with_the_difference(small, write, tmp_path):
+    directory = tmp_path / "out"
+    sweep.run(small, directory, workers=2, progress=Quiet())
+    other = sweep.Sweep.load(write(), {"base.train.max_steps": 13})
+    with pytest.raises(InputError, match=r"another sweep: base\.train\.max_steps is 12 there and 13 here"):
+        sweep.run(other, directory, progress=Quiet())
+    other = sweep.Sweep.load(write(SPACE.replace("1e-2]", "1e-2, 0.1]")))
+    with pytest.raises(InputError, match=r"\[0\.001, 0\.01\] there and \[0\.001, 0\.01, 0\.1\] here"):
+        sweep.run(other, directory, progress=Quiet())
+    with pytest.raises(InputError, match="holds a run"):
+        sweep.run(small, directory / "trials" / "s000-seed0", progress=Quiet())
+
+
+def test_two_processes_cannot_run_one_sweep(small, tmp_path):
+    directory = tmp_path / "out"
+    directory.mkdir()
+    descriptor = os.open(directory, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another process is running the sweep"):
+        sweep.run(small, directory, progress=Quiet())
+    os.close(descriptor)
+
+
+def test_data_that_cannot_be_used_leaves_nothing_behind(write, tmp_path):
+    plan = sweep.Sweep.load(write(base=BASE.replace("block_size = 16", "block_size = 100000")))
+    with pytest.raises(InputError):
+        sweep.run(plan, tmp_path / "out", progress=Quiet())
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="workers is 0"):
+        sweep.run(plan, tmp_path / "out", workers=0)
+
+
+# Conclusions -----------------------------------------------------------------------------------------
+
+
+def conclude(write, values, seeds, goal="minimize", space=None):
+    """The verdict on made-up values: one list of seeds' values a learning rate, None for failed trials."""
+    lrs = [10.0 ** (i - 4) for i in range(len(values))]
+    space = space or f'[[space]]\n"optim.lr" = {lrs}\n'
+    head = f'[sweep]\nseeds = {seeds}\ngoal = "{goal}"\n[base.schedule]\nmin_lr = 0.0\n'
+    plan = sweep.Sweep.load(write(head + space))
+    results = {}
+    for trial in plan.trials():
+        value = values[trial.setting][seeds.index(trial.seed)]
+        if value is None:
+            results[trial.name] = sweep.Result(trial, "failed", error="a fault")
+        else:
+            results[trial.name] = sweep.Result(trial, "finished", value=value)
+    return plan, results, verdict.verdict(plan, results)
+
+
+def test_verdict_gives_mean_error_difference_and_place(write):
+    values = [[2.5, 2.6, 2.4], [1.9, 2.0, 1.95], [2.0, 2.08, 2.06]]
+    _, _, words = conclude(write, values, [0, 1, 2])
+    assert words.splitlines() == [
+        "Best of 3 settings: optim.lr = 0.001, with val.loss 1.950 ± 0.029 "
+        "(mean ± standard error over 3 seeds).",
+        # differences 0.1, 0.08, 0.11: mean 0.0967, error 0.00882, t(2, 0.975) = 4.303
+        "Second: optim.lr = 0.01, 2.047 ± 0.024, worse by 0.0967 ± 0.0088 (pairs of 3 seeds; "
+        "95 % interval 0.0587 to 0.1346): 3 seeds tell the two apart.",
+        "Best optim.lr = 0.001 lies inside the grid (0.0001 to 0.01).",
+        "Ranking, unconfirmed: the best was chosen and judged on the same seeds.",
+    ]
+
+
+def test_verdict_says_when_seeds_do_not_tell_two_settings_apart(write):
+    _, _, words = conclude(write, [[2.0, 2.2], [2.1, 2.15], [3.0, 3.0]], [0, 1])
+    assert "2 seeds do not tell the two apart." in words
+
+
+@pytest.mark.parametrize(
+    ("best", "edge"), [(0, "lower edge: extend downwards"), (2, "upper edge: extend upwards")]
+)
+def test_verdict_names_the_grids_edge(write, best, edge):
+    values = [[2.0, 2.1] for _ in range(3)]
+    values[best] = [1.0, 1.1]
+    _, _, words = conclude(write, values, [0, 1])
+    assert re.search(rf"Best optim\.lr = \S+ is at the grid's {edge}\.", words)
+
+
+def test_edges_are_those_of_the_same_optimizers_settings(write):
+    space = '[[space]]\n"optim.name" = "adamw"\n"optim.lr" = [1e-3, 1e-2]\n'
+    space += '[[space]]\n"optim.name" = "sgd"\n"optim.lr" = [0.1, 1.0]\n'
+    _, _, words = conclude(write, [[3.0], [2.0], [2.5], [2.6]], [0], space=space)
+    assert "Best optim.lr = 0.01 is at the grid's upper edge: extend upwards." in words
+
+
+def test_zero_is_no_edge_to_extend_below(write):
+    space = '[[space]]\n"model.dropout" = [0.0, 0.1, 0.2]\n'
+    _, _, words = conclude(write, [[1.0], [2.0], [3.0]], [0], space=space)
+    assert "edge" not in words
+
+
+def test_settings_with_failed_seeds_rank_last_whatever_their_survivors_reached(write):
+    plan, results, words = conclude(write, [[1.0, None, 1.0], [2.0, 2.1, 2.2], [None, None, None]], [4, 5, 6])
+    assert [standing.setting for standing in verdict.ranking(plan, results)] == [1, 0, 2]
+    assert "Best of 3 settings: optim.lr = 0.001" in words
+    assert "4 of 9 trials failed, first s000-seed5 with: a fault" in words
+    assert "optim.lr = 0.0001: 2/3 finished, ranked below complete settings." in words
+    assert [line.split("  ")[-1] for line in verdict.table(plan, results)] == [
+        "3/3 seeds finished", "2/3 seeds finished", "0/3 seeds finished"
+    ]  # fmt: skip
+    assert "no best one" in conclude(write, [[None], [None]], [0])[2]
+
+
+def test_one_seed_gives_no_uncertainty_and_says_so(write):
+    _, _, words = conclude(write, [[2.0], [1.5]], [0])
+    assert "with val.loss 1.5 (one seed)." in words and "±" not in words
+    assert "One seed gives no uncertainty" in words
+
+
+def test_maximize_turns_the_ranking_round(write):
+    plan, results, words = conclude(write, [[0.7, 0.72], [0.9, 0.91], [0.8, 0.81]], [0, 1], goal="maximize")
+    assert [standing.setting for standing in verdict.ranking(plan, results)] == [1, 2, 0]
+    assert "worse by 0.1" in words
+
+
+# Displays --------------------------------------------------------------------------------------------
+
+
+def test_plain_lines_tell_of_each_trial(small, tmp_path, capsys):
+    sweep.run(small, tmp_path / "out", workers=2, progress=watch.Lines())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("sweep: 2 settings x 2 seeds = 4 trials, 2 at once with 1 thread each; ")
+    ends = [line for line in lines if line.startswith("[")]
+    assert [line[:5] for line in ends] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    pattern = r"s00\d-seed\d \(optim\.lr = \S+\): val\.loss \d\.\d{4}, .* left"
+    assert all(re.search(pattern, line) for line in ends)
+    assert lines[-1] == f"all trials: {tmp_path / 'out' / 'results.csv'}"
+
+
+def test_the_live_table_shows_running_trials_and_the_best_so_far(small, tmp_path):
+    from rich.console import Console
+
+    shown = watch.Table()
+    sweep.run(small, tmp_path / "out", workers=2, progress=shown)
+    shown.step(small.trials()[0], 6, 2.5)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(shown)
+    text = console.export_text()
+    assert "4/4 trials" in text and "step 6/12" in text and "loss 2.500" in text
+    assert "best so far: optim.lr = 0.01" in text
