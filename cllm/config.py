@@ -244,12 +244,9 @@ def _gather_arguments(values):
     """[optim]'s flat keys as OptimConfig's fields: the chosen optimizer's own go to `arguments`."""
     own = typing.get_type_hints(OptimConfig)
     values = {"name": OptimConfig().name, **values}
-    name = values["name"]
+    name = _typed(values["name"], own["name"], "optim.name")
     if name not in optim.BY_NAME:
-        raise InputError(
-            f"optim.name is {_shown(name)}{nearest(name, optim.BY_NAME)}, "
-            f"it must be one of {', '.join(optim.BY_NAME)}"
-        )
+        return {"name": name}  # OptimConfig says so
     hints = optimizer_arguments(name)
     arguments = {}
     for key in [key for key in values if key not in own]:

@@ -1096,12 +1096,14 @@ def _updated(function, param, grad, **state):
 
 
 def _check_scalars(function, fractions=(), **values):
-    """Raise unless each value is finite and not negative, and each of `fractions` is also below 1."""
+    """Raise unless each value is finite and not negative, each of `fractions` below 1, and eps above 0."""
     for name, value in values.items():
         if not 0 <= value < np.inf:  # also catches NaN
             raise ValueError(f"{function}: {name} is {value}, it must be a finite number of at least 0")
         if name in fractions and value >= 1:
             raise ValueError(f"{function}: {name} is {value}, it must be below 1")
+        if name == "eps" and value == 0:  # 0 / 0 where a gradient has always been zero
+            raise ValueError(f"{function}: eps is {value}, it must be above 0")
 
 
 def sgd_update(
@@ -1197,8 +1199,9 @@ def adam_update(
 
 
 def adamw_update(
-    param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, v_max=None, maximize=False
-):
+    param, grad, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, v_max=None,
+    maximize=False,
+):  # fmt: skip
     """AdamW: one step, in place. As `adam_update`, but the weights decay by themselves: the gradient is
     left alone and ``param *= 1 - lr * weight_decay`` comes first.
 
@@ -1211,7 +1214,9 @@ def adamw_update(
 
 def _adam(function, param, grad, m, v, step, lr, betas, eps, weight_decay, v_max, maximize, decoupled):
     beta1, beta2 = betas
-    _check_scalars(function, ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    _check_scalars(
+        function, ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
     _require(step >= 1, function, f"step is {step}, it must be at least 1")
     grad = _updated(function, param, grad, m=m, v=v, v_max=v_max)
     _optimizers.adam(
@@ -1260,7 +1265,9 @@ def rmsprop_update(
     Neural Networks", 2013 (the centred form).
     """
     function = "rmsprop_update"
-    _check_scalars(function, ("alpha",), lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
+    _check_scalars(
+        function, ("alpha",), lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum
+    )
     if (momentum_buffer is None) != (momentum == 0):
         raise ValueError(
             f"{function}: momentum is {momentum}, momentum_buffer must be "

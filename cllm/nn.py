@@ -224,10 +224,10 @@ def _listed(names):
 
 
 def _aligned(n, dtype):
-    """n zeros that start at a multiple of 64 bytes."""
-    raw = np.zeros(n * dtype.itemsize + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + n * dtype.itemsize].view(dtype)
+    """n zeros that start at a multiple of 64 bytes; views of them have a base of the same dtype."""
+    raw = np.zeros(n + _ALIGNMENT // dtype.itemsize, dtype)
+    start = -raw.ctypes.data % _ALIGNMENT // dtype.itemsize
+    return raw[start : start + n]
 
 
 # Layers ----------------------------------------------------------------------------------------------

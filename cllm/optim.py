@@ -409,8 +409,9 @@ class SGD(Optimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False
-    ):
+        self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *,
+        maximize=False,
+    ):  # fmt: skip
         super().__init__(
             params,
             {
@@ -458,8 +459,9 @@ class Adam(Optimizer):
     _kernel = staticmethod(kernels.adam_update)
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *, maximize=False
-    ):
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *,
+        maximize=False,
+    ):  # fmt: skip
         super().__init__(
             params,
             {
@@ -473,9 +475,9 @@ class Adam(Optimizer):
 
     def _update(self, group, param, grad, step, state):
         self._kernel(
-            param, grad, state["exp_avg"], state["exp_avg_sq"], step=step, lr=group["lr"], betas=group["betas"],
-            eps=group["eps"], weight_decay=group["weight_decay"], v_max=state.get("max_exp_avg_sq"),
-            maximize=group["maximize"],
+            param, grad, state["exp_avg"], state["exp_avg_sq"], step=step, lr=group["lr"],
+            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            v_max=state.get("max_exp_avg_sq"), maximize=group["maximize"],
         )  # fmt: skip
 
 
@@ -492,8 +494,9 @@ class AdamW(Adam):
     _kernel = staticmethod(kernels.adamw_update)
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, *, maximize=False
-    ):
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, *,
+        maximize=False,
+    ):  # fmt: skip
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 
 

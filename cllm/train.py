@@ -133,7 +133,6 @@ class Trainer:
             )
         self.model.load_state_dict(model_arrays)
         self.optimizer.load_arrays(optimizer_arrays)
-        self.optimizer.steps = state["optimizer_steps"]
         self.step, self.position, self.seconds = state["step"], state["position"]["index"], state["seconds"]
         self.train_loss, self.val_loss, self.best = state["train_loss"], state["val_loss"], state["best"]
 
@@ -262,7 +261,6 @@ class Trainer:
                 self.position, self.batch_size, self.config.model.block_size
             ),
             "vocab_size": self.text.vocab_size,
-            "optimizer_steps": self.optimizer.steps,
             "data_hash": self.text.hash,
             "train_loss": self.train_loss,
             "val_loss": self.val_loss,

@@ -98,9 +98,10 @@ def test_an_import_pulls_in_no_large_package(module):
 
 
 def test_import_takes_under_a_quarter_second():
-    code = "import time; t = time.perf_counter(); import cllm; cllm.GPT; print(time.perf_counter() - t)"
+    # Processor time, since a busy machine makes everything else slow too; with the first use's imports.
+    code = "import time; t = time.process_time(); import cllm; cllm.GPT; print(time.process_time() - t)"
     seconds = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(7)
+        for _ in range(5)
     ]
-    assert min(seconds) < 0.25  # the best of several: a busy machine only makes it slower
+    assert min(seconds) < 0.25

@@ -117,7 +117,7 @@ def without_key_biases(state, n_embd):
     """The weights, less each key bias: softmax ignores it, so its gradient is rounding alone."""
     weights = {}
     for name, array in state.items():
-        array = np.array(array)
+        array = np.array(array.detach() if isinstance(array, torch.Tensor) else array)
         if name.endswith("c_attn.bias"):
             array[n_embd : 2 * n_embd] = 0
         weights[name] = array
@@ -137,9 +137,10 @@ def text(tmp_path_factory):
     return data.load(path, tokenizer="char", val_fraction=0.1)
 
 
+# Measured: losses differ by 2e-7 (float32) and 5e-16 (float64) at most, weights by 2e-6 and 5e-15.
 # In float64 rounding is too small to hide a difference in the arithmetic; float32 is what people train with.
 @pytest.mark.parametrize(
-    ("dtype", "loss_rtol", "weight_atol"), [(np.float32, 1e-5, 2e-3), (np.float64, 1e-10, 1e-8)]
+    ("dtype", "loss_rtol", "weight_atol"), [(np.float32, 1e-5, 1e-4), (np.float64, 1e-12, 1e-11)]
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_200_steps_agree_with_torch(text, dtype, loss_rtol, weight_atol, threads):

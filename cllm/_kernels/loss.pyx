@@ -9,7 +9,7 @@ from cython cimport floating
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, log
 from libc.stdint cimport int64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_largest, lanes_total
 
@@ -25,26 +25,31 @@ cdef enum:
 cdef Py_ssize_t SERIAL_BELOW = 16384
 
 
-cdef inline void load(const floating* z, Py_ssize_t n, floating* lane) noexcept nogil:
-    """The first n of LANES elements, then minus infinity, whose exponential is 0."""
-    cdef Py_ssize_t k
-    for k in range(n):
-        lane[k] = z[k]
-    for k in range(n, LANES):
-        lane[k] = -INFINITY
+cdef inline void load_rest(const floating* z, Py_ssize_t V, floating* lane) noexcept nogil:
+    """The last V % LANES elements in the last lanes; minus infinity, whose exponential is 0, in the others."""
+    cdef int k, skip = LANES - V % LANES
+    if V >= LANES:          # whole vectors that overlap the group before: V = 65: 49 -> 15 ns a row
+        z += V - LANES
+        for k in range(LANES):
+            lane[k] = z[k] if k >= skip else -INFINITY
+    else:
+        for k in range(skip):
+            lane[k] = -INFINITY
+        for k in range(skip, LANES):
+            lane[k] = z[k - skip]
 
 
 cdef inline floating row_max(const floating* z, Py_ssize_t V) noexcept nogil:
     """The largest element, or minus infinity; NaNs are passed over (they fail the comparison)."""
     cdef Py_ssize_t group, k
     cdef floating lane[LANES]
-    load(z, 0, lane)
+    load_rest(z, V, lane)
     for group in range(V // LANES):
         for k in range(LANES):
             lane[k] = z[k] if z[k] > lane[k] else lane[k]
         z += LANES
-    for k in range(V % LANES):
-        lane[k] = z[k] if z[k] > lane[k] else lane[k]
+    for k in range(LANES):
+        lane[k] = lane[k] if lane[k] == lane[k] else -INFINITY
     return lanes_largest(lane)
 
 
@@ -54,6 +59,11 @@ cdef inline double row_sum_exp(const floating* z, floating shift, Py_ssize_t V) 
     cdef floating lane[LANES]
     cdef floating rest[LANES]
     cdef double total = 0
+    if V % LANES > 0:
+        load_rest(z, V, rest)
+        for k in range(LANES):
+            lane[k] = vexp(rest[k] - shift)
+        total = lanes_total(lane)
     while groups > 0:
         lanes_clear(lane)
         for group in range(min(<Py_ssize_t>CHUNK, groups)):
@@ -62,11 +72,6 @@ cdef inline double row_sum_exp(const floating* z, floating shift, Py_ssize_t V) 
             z += LANES
         total += lanes_total(lane)
         groups -= CHUNK
-    if V % LANES > 0:
-        load(z, V % LANES, rest)
-        for k in range(LANES):
-            lane[k] = vexp(rest[k] - shift)
-        total += lanes_total(lane)
     return total
 
 
@@ -115,9 +120,11 @@ cdef void row_backward(const floating* z, int64_t target, double smoothing, floa
     cdef Py_ssize_t groups = V // LANES, group, j, k
     cdef floating lane[LANES]
     cdef floating p[LANES]
+    cdef floating rest[LANES]
     cdef floating* out = dz
     cdef double total = 0
     cdef floating scale, shift
+    load_rest(z, V, rest)
     while groups > 0:
         lanes_clear(lane)
         for group in range(min(<Py_ssize_t>CHUNK, groups)):
@@ -132,11 +139,9 @@ cdef void row_backward(const floating* z, int64_t target, double smoothing, floa
         total += lanes_total(lane)
         groups -= CHUNK
     if V % LANES > 0:
-        load(z, V % LANES, p)
         for k in range(LANES):
-            p[k] = vexp(p[k] - lse)
-        for k in range(V % LANES):
-            out[k] = p[k]
+            p[k] = vexp(rest[k] - lse)
+        memcpy(out, p + LANES - V % LANES, V % LANES * sizeof(floating))
         total += lanes_total(p)
     scale = <floating>(dloss / total)
     shift = <floating>(dloss * smoothing / V)

@@ -8,8 +8,8 @@ then combined in the order of the blocks (a plain float32 sum over 4096 rows los
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange
-from libc.math cimport sqrt
-from libc.string cimport memset
+from libc.math cimport sqrt, sqrtf
+from libc.string cimport memcpy
 
 from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
 
@@ -24,6 +24,10 @@ cdef Py_ssize_t SERIAL_BELOW = 32768
 
 cdef inline Py_ssize_t n_row_blocks(Py_ssize_t N) noexcept nogil:
     return (N + ROW_BLOCK - 1) // ROW_BLOCK
+
+
+cdef inline floating root(floating x) noexcept nogil:
+    return sqrtf(x) if floating is float else sqrt(x)
 
 
 cdef inline floating row_sum(const floating* x, Py_ssize_t C) noexcept nogil:
@@ -81,7 +85,7 @@ cdef void forward_block(const floating* x, const floating* weight, const floatin
     cdef floating m, r
     for i in range(N):
         m = row_sum(x, C) / <floating>C
-        r = <floating>(1 / sqrt(row_squares(x, m, C) / <double>C + eps))
+        r = <floating>1 / root(row_squares(x, m, C) / <floating>C + <floating>eps)
         if bias is NULL:
             for j in range(C):
                 y[j] = (x[j] - m) * r * weight[j]
@@ -94,18 +98,42 @@ cdef void forward_block(const floating* x, const floating* weight, const floatin
         y += C
 
 
+cdef inline void column_sums(const floating* dy, const floating* x, const floating* mean, const floating* rstd,
+                             floating* dweight, floating* dbias, Py_ssize_t N, Py_ssize_t C,
+                             Py_ssize_t n) noexcept nogil:
+    """dweight, dbias (n,): the sums over N rows of dy (x - mean) rstd and of dy, for n <= LANES columns of C."""
+    cdef Py_ssize_t i, k
+    cdef floating a[LANES]
+    cdef floating b[LANES]
+    lanes_clear(a)
+    lanes_clear(b)
+    for i in range(N):
+        for k in range(n):
+            a[k] += dy[k] * ((x[k] - mean[i]) * rstd[i])
+            b[k] += dy[k]
+        dy += C
+        x += C
+    memcpy(dweight, a, n * sizeof(floating))
+    if dbias is not NULL:
+        memcpy(dbias, b, n * sizeof(floating))
+
+
 cdef void backward_block(const floating* dy, const floating* x, const floating* weight, const floating* mean,
                          const floating* rstd, floating* dx, floating* dweight, floating* dbias, Py_ssize_t N,
                          Py_ssize_t C) noexcept nogil:
     """dx, and the block's partial sums dweight, dbias (C,): inverts the row loop of forward_block.
 
-    With n = (x - m) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)).
+    With n = (x - m) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)). The partial sums go column by
+    column, in registers; the block's rows are still in the cache.
     """
-    cdef Py_ssize_t i, j
-    cdef floating m, r, g_mean, gn_mean
-    memset(dweight, 0, C * sizeof(floating))
-    if dbias is not NULL:
-        memset(dbias, 0, C * sizeof(floating))
+    cdef Py_ssize_t i, j, full = C - C % LANES
+    cdef floating r, m, g_mean, gn_mean
+    for j in range(C // LANES):
+        column_sums(dy + j * LANES, x + j * LANES, mean, rstd, dweight + j * LANES,
+                    NULL if dbias is NULL else dbias + j * LANES, N, C, LANES)
+    if full < C:
+        column_sums(dy + full, x + full, mean, rstd, dweight + full, NULL if dbias is NULL else dbias + full, N, C,
+                    C - full)
     for i in range(N):
         m = mean[i]
         r = rstd[i]
@@ -114,11 +142,6 @@ cdef void backward_block(const floating* dy, const floating* x, const floating* 
         gn_mean /= <floating>C
         for j in range(C):
             dx[j] = r * (dy[j] * weight[j] - g_mean - (x[j] - m) * r * gn_mean)
-        for j in range(C):
-            dweight[j] += dy[j] * ((x[j] - m) * r)
-        if dbias is not NULL:
-            for j in range(C):
-                dbias[j] += dy[j]
         dy += C
         x += C
         dx += C

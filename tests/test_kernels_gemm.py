@@ -1,0 +1,219 @@
+"""Matrix products, linear layers, the feed-forward part and the head against the float64 reference."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import (
+    DTYPES,
+    TOLERANCE,
+    assert_close,
+    assert_reads_any_array,
+    assert_refuses,
+    assert_refuses_bad_out,
+    assert_same_at_any_thread_count,
+    error,
+    same_bits,
+    values,
+    with_threads,
+)
+
+from cllm import kernels, reference
+
+# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of rows, of columns and of K.
+SHAPES = [(1, 1, 1), (3, 65, 5), (7, 6, 64), (50, 130, 97), (400, 70, 33), (9, 65, 1700), (1700, 13, 9), (2, 4200, 3)]
+
+
+def problem(shape, dtype):
+    n, o, i = shape
+    return (
+        values(n, o, dtype=dtype),
+        values(n, i, dtype=dtype, seed=1),
+        values(o, i, dtype=dtype, seed=2),
+        values(o, dtype=dtype, seed=3),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(shape, dtype):
+    dy, x, weight, bias = problem(shape, dtype)
+    assert_close(kernels.linear_forward(x, weight, bias), reference.linear_forward(x, weight, bias), dtype)
+    assert_close(kernels.linear_forward(x, weight), reference.linear_forward(x, weight), dtype)
+    assert_close(kernels.linear_backward(dy, x, weight), reference.linear_backward(dy, x, weight), dtype)
+    assert kernels.linear_backward(dy, x, weight, bias=False)[2] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_gives_the_same_bits_at_any_thread_count(shape, dtype):
+    dy, x, weight, bias = problem(shape, dtype)
+    assert_same_at_any_thread_count(lambda: kernels.linear_forward(x, weight, bias))
+    assert_same_at_any_thread_count(lambda: kernels.linear_backward(dy, x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_batch(dtype):
+    _, x, weight, bias = problem((101, 130, 900), dtype)
+    whole = kernels.linear_forward(x, weight, bias)
+    for start, stop in ((0, 1), (5, 18), (40, 101)):
+        assert same_bits(kernels.linear_forward(x[start:stop], weight, bias), whole[start:stop].copy())
+    assert same_bits(kernels.linear_forward(x, weight[60:67], bias[60:67]), whole[:, 60:67].copy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_accumulates(dtype):
+    dy, x, weight, _ = problem((50, 13, 97), dtype)
+    dx = np.full(x.shape, np.nan, dtype)
+    start = values(*weight.shape, dtype=dtype, seed=5), values(13, dtype=dtype, seed=6)
+    dweight, dbias = start[0].copy(), start[1].copy()
+    results = kernels.linear_backward(dy, x, weight, out=(dx, dweight, dbias), accumulate=True)
+    assert all(a is b for a, b in zip(results, (dx, dweight, dbias)))
+    expected = reference.linear_backward(dy, x, weight)
+    assert_close((dx, dweight, dbias), (expected[0], expected[1] + start[0], expected[2] + start[1]), dtype)
+    with pytest.raises(ValueError, match="accumulate=True needs arrays for dweight and dbias in out"):
+        kernels.linear_backward(dy, x, weight, accumulate=True)
+
+
+def test_linear_keeps_leading_dimensions_and_takes_empty_ones():
+    weight, bias = values(5, 4, dtype=np.float32), values(5, dtype=np.float32)
+    assert kernels.linear_forward(values(2, 3, 4, dtype=np.float32), weight, bias).shape == (2, 3, 5)
+    assert kernels.linear_forward(values(4, dtype=np.float32), weight, bias).shape == (5,)
+    assert kernels.linear_forward(np.zeros((0, 4), np.float32), weight, bias).shape == (0, 5)
+    nothing = kernels.linear_forward(np.zeros((3, 0), np.float32), np.zeros((5, 0), np.float32), bias)
+    assert np.array_equal(nothing, np.tile(bias, (3, 1)))
+    dx, dweight, dbias = kernels.linear_backward(np.zeros((0, 5), np.float32), np.zeros((0, 4), np.float32), weight)
+    assert dx.shape == (0, 4)
+    assert not dweight.any()
+    assert not dbias.any()
+
+
+def test_linear_reads_any_array():
+    dy, x, weight, bias = problem((9, 65, 70), np.float32)
+    assert_reads_any_array(kernels.linear_forward, x, weight, bias)
+    assert_reads_any_array(kernels.linear_backward, dy, x, weight)
+
+
+def test_linear_refuses_bad_arguments():
+    dy, x, weight, bias = problem((9, 6, 7), np.float32)
+    forward, backward = kernels.linear_forward, kernels.linear_backward
+    message = "linear_forward: x is (9, 6), weight is (6, 7); they must be (..., I) and (O, I)"
+    assert_refuses(ValueError, message, forward, dy, weight)
+    assert_refuses(ValueError, "linear_forward: bias is (9, 7), it must be (6,)", forward, x, weight, x)
+    assert_refuses(ValueError, "linear_backward: dy is (9, 7), it must be (9, 6)", backward, x, x, weight)
+    message = "linear_forward: weight is float64 but x is float32; all must have one dtype"
+    assert_refuses(TypeError, message, forward, x, weight.astype(np.float64))
+    message = "linear_forward: x is int64, it must be float32 or float64"
+    assert_refuses(TypeError, message, forward, np.ones((9, 7), int), weight)
+    block = np.zeros(9 * 7 + 9 * 6, np.float32)
+    inside, overlapping = block[: 9 * 7].reshape(9, 7), block[9 * 7 - 1 : -1].reshape(9, 6)
+    assert_refuses_bad_out(lambda out: forward(inside, weight, bias, out=out), dy, overlapping)
+
+
+# Any shapes ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.tuples(*[st.integers(0, 70)] * 3),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.sampled_from(DTYPES),
+    st.tuples(*[st.sampled_from(["plain", "transposed", "every second", "backwards"])] * 2),
+    st.tuples(st.booleans(), st.booleans()),
+)
+def test_matmul(shape, batch, dtype, layouts, single):
+    M, K, N = shape
+
+    def operand(rows, columns, layout, one, seed):
+        leading = [1 if one else n for n in batch]
+        if layout == "transposed":
+            return values(*leading, columns, rows, dtype=dtype, seed=seed).swapaxes(-1, -2)
+        if layout == "every second":
+            return values(*leading, rows, 2 * columns, dtype=dtype, seed=seed)[..., ::2]
+        if layout == "backwards":
+            return values(*leading, rows, columns, dtype=dtype, seed=seed)[..., ::-1, :]
+        return values(*leading, rows, columns, dtype=dtype, seed=seed)
+
+    a = operand(M, K, layouts[0], single[0], 1)
+    b = operand(K, N, layouts[1], single[1], 2)
+    results = [with_threads(n, lambda: kernels.matmul(a, b)) for n in (1, 3)]
+    assert same_bits(*results)
+    assert_close(results[0], reference.matmul(a, b), dtype)
+
+
+def test_matmul_refuses_bad_arguments():
+    a, b = values(2, 3, 4, dtype=np.float32), values(3, 4, 5, dtype=np.float32)
+    message = (
+        "matmul: a is (2, 3, 4), b is (3, 4, 5); they must be (..., M, K) and (..., K, N), "
+        "with leading dimensions that broadcast"
+    )
+    assert_refuses(ValueError, message, kernels.matmul, a, b)
+    message = "matmul: a is (2, 3, 4), b is (3, 5); they must be (..., M, K) and (..., K, N)"
+    assert_refuses(ValueError, message, kernels.matmul, a, b[0, :3])
+    message = "matmul: a is float32, b is float64; both must be float32 or both float64"
+    assert_refuses(TypeError, message, kernels.matmul, a, b.astype(np.float64))
+
+
+def test_not_a_number_reaches_its_own_row_and_column_only():
+    x, weight = values(40, 70, dtype=np.float32), values(90, 70, dtype=np.float32)
+    x[17, 3] = np.nan
+    weight[65, 5] = np.inf
+    bad = ~np.isfinite(kernels.linear_forward(x, weight))
+    expected = np.zeros((40, 90), bool)
+    expected[17] = expected[:, 65] = True
+    assert np.array_equal(bad, expected)
+
+
+# Feed-forward and head -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_feed_forward(dtype, approximate):
+    x, dy = values(5, 7, 12, dtype=dtype), values(5, 7, 10, dtype=dtype, seed=1)
+    w1, b1 = values(30, 12, dtype=dtype, seed=2), values(30, dtype=dtype, seed=3)
+    w2, b2 = values(10, 30, dtype=dtype, seed=4), values(10, dtype=dtype, seed=5)
+    y, pre = kernels.feed_forward_forward(x, w1, b1, w2, b2, approximate)
+    expected = reference.feed_forward_forward(x, w1, b1, w2, b2, approximate)
+    assert_close((y, pre), expected, dtype)
+    results = kernels.feed_forward_backward(dy, x, pre, w1, w2, approximate=approximate)
+    wanted = reference.feed_forward_backward(dy, x, expected[1], w1, w2, approximate=approximate)
+    assert_close(results, wanted, dtype)
+    twice = kernels.feed_forward_backward(
+        dy, x, pre, w1, w2, approximate=approximate, out=(None, *[r.copy() for r in results[1:]]), accumulate=True
+    )
+    assert_close(twice, (wanted[0], *[2 * w for w in wanted[1:]]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 65, 20), (300, 40_000, 3)])  # the last takes three chunks of rows
+def test_linear_cross_entropy(shape, dtype):
+    n, n_classes, channels = shape
+    x, weight = values(n, channels, dtype=dtype), values(n_classes, channels, dtype=dtype, seed=1)
+    targets = np.random.default_rng(2).integers(0, n_classes, n)
+    targets[n // 3] = -100
+    dlosses = values(n, dtype=dtype, seed=3)
+    losses, lse = kernels.linear_cross_entropy_forward(x, weight, targets, label_smoothing=0.1)
+    expected = reference.linear_cross_entropy_forward(x, weight, targets, label_smoothing=0.1)
+    assert_close((losses, lse), expected, dtype)
+    call = kernels.linear_cross_entropy_backward
+    results = call(dlosses, x, weight, targets, lse, label_smoothing=0.1)
+    wanted = reference.linear_cross_entropy_backward(
+        dlosses, x, weight, targets, expected[1], label_smoothing=0.1
+    )
+    floor = TOLERANCE[np.dtype(dtype)] * np.linalg.norm(dlosses)  # one class: the gradients are exactly 0
+    for result, want in zip(results, wanted):
+        assert np.linalg.norm(result - want) < max(floor, TOLERANCE[np.dtype(dtype)] * np.linalg.norm(want))
+    again = call(
+        dlosses, x, weight, targets, lse, label_smoothing=0.1, out=(None, results[1].copy()), accumulate=True
+    )
+    assert error(again[1], 2 * results[1]) < TOLERANCE[np.dtype(dtype)]
+    assert_same_at_any_thread_count(lambda: call(dlosses, x, weight, targets, lse))
+
+
+def test_linear_cross_entropy_refuses_bad_targets():
+    x, weight = values(3, 4, dtype=np.float32), values(5, 4, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"x is \(3, 4\), targets is \(2,\); they must be \(N, C\) and \(N,\)"):
+        kernels.linear_cross_entropy_forward(x, weight, [0, 1])
+    with pytest.raises(ValueError, match="5"):
+        kernels.linear_cross_entropy_forward(x, weight, [0, 5, 1])

@@ -1,0 +1,518 @@
+"""Optimizers: against torch, joined against single parameters, state, skipped parameters, bad arguments."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+
+from cllm import kernels, nn, optim
+from cllm.errors import InputError
+from cllm.optim import OptimConfig
+from cllm.tensor import Tensor
+
+SHAPES = [(7, 5), (5,), (), (0, 3), (33,), (1,), (40, 3)]
+
+VARIANTS = {
+    "SGD": [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1},
+        {"momentum": 0.8, "nesterov": True, "maximize": True},
+    ],
+    "Adam": [{}, {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}, {"amsgrad": True}],
+    "AdamW": [{}, {"weight_decay": 0.3, "amsgrad": True}, {"maximize": True}],
+    "RMSprop": [
+        {},
+        {"alpha": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.9, "eps": 1e-3},
+        {"momentum": 0.5, "centered": True, "eps": 1e-2, "maximize": True},
+    ],
+}
+CASES = [(name, arguments) for name, variants in VARIANTS.items() for arguments in variants]
+
+
+class Bag(nn.Module):
+    """Parameters of the shapes above, in one block when flat."""
+
+    def __init__(self, dtype, flat):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        for i, shape in enumerate(SHAPES):
+            setattr(self, f"p{i}", nn.Parameter(rng.standard_normal(shape).astype(dtype)))
+        if flat:
+            self.flatten()
+
+
+def gradient(step, i, dtype):
+    return np.random.default_rng([step, i]).standard_normal(SHAPES[i]).astype(dtype)
+
+
+def skipped(step, i):
+    return (step * 3 + i) % 7 == 0
+
+
+def give_gradients(parameters, step, skip=skipped):
+    for i, p in enumerate(parameters):
+        p.grad = None if skip(step, i) else gradient(step, i, p.dtype)
+
+
+def no_skip(step, i):
+    return False
+
+
+def trained(name, arguments, dtype=np.float32, flat=True, steps=20, skip=skipped):
+    parameters = list(Bag(dtype, flat).parameters())
+    optimizer = getattr(optim, name)(parameters, **arguments)
+    for step in range(steps):
+        give_gradients(parameters, step, skip)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def assert_same_bits(parameters, others):
+    for p, q in zip(parameters, others, strict=True):
+        assert p.data.tobytes() == q.data.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_200_steps_match_torch_with_groups_changing_lr_and_skipped_parameters(name, arguments, dtype):
+    torch = pytest.importorskip("torch")
+    ours = list(Bag(dtype, flat=True).parameters())
+    theirs = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in ours]
+    optimizers = []
+    for parameters, module in ((ours, optim), (theirs, torch.optim)):
+        groups = [
+            {"params": parameters[:4], "lr": 3e-3},
+            {"params": parameters[4:], "weight_decay": 0.02},
+        ]
+        optimizers.append(getattr(module, name)(groups, lr=1e-2, **arguments))
+    for step in range(200):
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = None if skipped(step, i) else gradient(step, i, dtype)
+            q.grad = None if skipped(step, i) else torch.tensor(gradient(step, i, dtype))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 250)
+            optimizer.step()
+    tolerance = 2e-5 if dtype == np.float32 else 1e-11
+    for p, q in zip(ours, theirs):
+        np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=tolerance, atol=tolerance)
+    state, torch_state = (optimizer.state_dict() for optimizer in optimizers)
+    assert [g["params"] for g in state["param_groups"]] == [g["params"] for g in torch_state["param_groups"]]
+    for i, values in torch_state["state"].items():
+        for key, value in values.items():
+            if value is None:  # torch's SGD without momentum
+                continue
+            np.testing.assert_allclose(
+                state["state"][i][key], np.asarray(value), rtol=tolerance, atol=tolerance, err_msg=f"{key}.{i}"
+            )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_constructors_have_torchs_arguments_and_defaults(name):
+    torch = pytest.importorskip("torch")
+    p = Tensor(np.ones(3), requires_grad=True)
+    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(3))]).defaults
+    for key, value in getattr(optim, name)([p]).defaults.items():
+        assert value == theirs[key], key
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_joined_and_loose_parameters_get_the_same_bits(name, arguments, dtype):
+    flat, _ = trained(name, arguments, dtype, flat=True)
+    loose, _ = trained(name, arguments, dtype, flat=False)
+    assert_same_bits(flat, loose)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_threads_do_not_change_bits(name, arguments):
+    rng = np.random.default_rng(1)
+    data, grads = rng.standard_normal(150001).astype(np.float32), rng.standard_normal((3, 150001))
+    before, results = kernels.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            kernels.set_num_threads(n)
+            p = Tensor(data.copy(), requires_grad=True)
+            optimizer = getattr(optim, name)([p], **arguments)
+            for grad in grads.astype(np.float32):
+                p.grad = grad
+                optim.clip_grad_norm_([p], 1.0)
+                optimizer.step()
+            results.append(p)
+    finally:
+        kernels.set_num_threads(before)
+    assert_same_bits(results[:1], results[1:])
+
+
+def count_calls(monkeypatch, name):
+    calls = []
+    kernel = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *args, **kwargs: calls.append(args[0].size) or kernel(*args, **kwargs))
+    return calls
+
+
+def test_a_flat_model_is_one_kernel_call(monkeypatch):
+    calls = count_calls(monkeypatch, "rmsprop_update")
+    model = Bag(np.float32, flat=True)
+    parameters = list(model.parameters())
+    optimizer = optim.RMSprop(parameters)
+    for step in range(3):
+        give_gradients(parameters, step, no_skip)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(calls) == 3 and calls[0] >= sum(p.numel() for p in parameters)
+    ends = calls[0]
+    np.testing.assert_array_equal(model.flat_data[ends:], 0)
+    # Padding stays zero, so that norms over the whole block are right.
+    used = np.zeros(model.flat_data.size, bool)
+    start = 0
+    for p in parameters:
+        used[start : start + p.numel()] = True
+        start += -(-p.numel() // 16) * 16
+    assert not model.flat_data[~used].any()
+
+
+def test_calls_split_where_a_gradient_is_missing_and_join_again(monkeypatch):
+    calls = count_calls(monkeypatch, "sgd_update")
+    parameters = list(Bag(np.float32, flat=True).parameters())
+    optimizer = optim.SGD(parameters, momentum=0.9)
+    give_gradients(parameters, 0, no_skip)
+    optimizer.step()
+    give_gradients(parameters, 1, lambda step, i: i == 4)
+    optimizer.step()
+    assert len(calls) == 3
+    assert optimizer.steps == [2, 2, 2, 2, 1, 2, 2]
+    give_gradients(parameters, 2, no_skip)  # parameter 4 lags behind: it needs a call of its own
+    optimizer.step()
+    assert len(calls) == 6
+
+
+def test_neighbours_whose_padding_is_in_use_are_not_joined():
+    block, grads = np.ones(30, np.float32), np.ones(30, np.float32)
+    a, b = (Tensor(block[s], requires_grad=True) for s in (slice(0, 10), slice(12, 30)))
+    a._grad, b._grad = grads[:10], grads[12:]
+    optimizer = optim.SGD([a, b], lr=0.5)
+    optimizer.step()
+    np.testing.assert_array_equal(block, [0.5] * 10 + [1, 1] + [0.5] * 18)
+    optim.clip_grad_norm_([a, b], 0.1)
+    assert grads[10] == grads[11] == 1 and grads[0] < 1
+
+
+def test_a_strided_parameter_stays_where_it_is():
+    array = np.arange(12.0).reshape(3, 4)
+    p = Tensor(array.T, requires_grad=True)
+    q = Tensor(array.T.copy(), requires_grad=True)
+    grad = np.random.default_rng(0).standard_normal((4, 3))
+    optimizer = optim.AdamW([p, q], lr=0.1)
+    for _ in range(3):
+        p.grad, q.grad = grad, grad
+        optimizer.step()
+    np.testing.assert_array_equal(p.data, q.data)
+    np.testing.assert_array_equal(array, q.data.T)
+
+
+def test_new_data_and_mixed_dtypes_are_followed():
+    p = Tensor(np.ones(4, np.float32), requires_grad=True)
+    q = Tensor(np.ones(4), requires_grad=True)
+    optimizer = optim.SGD([p, q], lr=0.5)
+    for _ in range(2):
+        p.grad, q.grad = np.ones(4), np.ones(4)
+        optimizer.step()
+    p.data = np.full(4, 9, np.float32)
+    optimizer.step()
+    np.testing.assert_array_equal(p.data, 8.5)
+    np.testing.assert_array_equal(q.data, -0.5)
+
+
+def test_step_without_any_gradient_changes_nothing():
+    parameters = list(Bag(np.float32, flat=True).parameters())
+    optimizer = optim.Adam(parameters)
+    optimizer.step()
+    assert optimizer.steps == [0] * len(SHAPES)
+    assert optimizer.state_dict()["state"] == {}
+    assert_same_bits(parameters, list(Bag(np.float32, flat=True).parameters()))
+
+
+def test_zero_grad_forgets():
+    p = Tensor(np.ones(4), requires_grad=True)
+    p.grad = np.ones(4)
+    optim.SGD([p]).zero_grad()
+    assert p.grad is None
+
+
+# State -----------------------------------------------------------------------------------------------
+
+
+def twin_of(parameters, flat):
+    others = list(Bag(np.float32, flat).parameters())
+    for p, q in zip(parameters, others):
+        q.data[...] = p.data
+    return others
+
+
+@pytest.mark.parametrize("way", ["state_dict", "arrays"])
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_a_restored_optimizer_continues_with_the_same_bits(name, arguments, flat, way):
+    # Parameter 6 has never had a gradient when the state is taken.
+    def skip(step, i):
+        return skipped(step, i) or (i == 6 and step < 12)
+
+    parameters, optimizer = trained(name, arguments, steps=10, skip=skip)
+    others = twin_of(parameters, flat)
+    other = getattr(optim, name)(others, **arguments)
+    if way == "arrays":
+        arrays = {key: array.copy() for key, array in optimizer.arrays().items()}
+        assert "step" in arrays and not any(key.endswith(".6") for key in arrays)
+        assert all(array.flags.c_contiguous for array in arrays.values())
+        other.load_arrays(arrays)
+    else:
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.steps == optimizer.steps
+    for step in range(10, 20):
+        give_gradients(parameters, step, skip)
+        give_gradients(others, step, skip)
+        optimizer.step()
+        other.step()
+    assert_same_bits(parameters, others)
+
+
+def test_loading_brings_hyperparameters_and_copies():
+    parameters, optimizer = trained("AdamW", {"lr": 0.25, "betas": (0.5, 0.6), "amsgrad": True})
+    other = optim.AdamW(twin_of(parameters, True))
+    state = optimizer.state_dict()
+    other.load_state_dict(state)
+    group = other.param_groups[0]
+    assert (group["lr"], group["betas"], group["amsgrad"]) == (0.25, (0.5, 0.6), True)
+    assert group["params"][0] is not parameters[0]
+    mine = other.state_dict()["state"][0]["exp_avg"]
+    np.testing.assert_array_equal(mine, state["state"][0]["exp_avg"])
+    assert not np.shares_memory(mine, state["state"][0]["exp_avg"])
+    optimizer.load_state_dict(optimizer.state_dict())  # its own state
+    np.testing.assert_array_equal(optimizer.state_dict()["state"][0]["exp_avg"], mine)
+
+
+def test_state_of_another_kind_is_refused_and_changes_nothing():
+    parameters, optimizer = trained("AdamW", {})
+    before = copy.deepcopy(optimizer.arrays())
+    arrays = optimizer.arrays()
+    short = optim.AdamW(parameters[:2])
+    sgd = optim.SGD(parameters, momentum=0.9)
+    for call, message in (
+        (lambda: short.load_arrays(arrays), "the state is of 7 parameters, the optimizer has 2"),
+        (lambda: short.load_state_dict(optimizer.state_dict()), r"groups of \[7\] parameters.*has \[2\]"),
+        (lambda: sgd.load_arrays(arrays), "the state of parameter 0 is exp_avg, exp_avg_sq, SGD needs mom"),
+        (
+            lambda: optimizer.load_arrays({k: v for k, v in arrays.items() if k != "exp_avg.1"}),
+            "the state of parameter 1 is exp_avg_sq, AdamW needs exp_avg, exp_avg_sq",
+        ),
+        (
+            lambda: optimizer.load_arrays({**arrays, "exp_avg.1": np.zeros(4, np.float32)}),
+            r"exp_avg.1 is float32 of shape \(4,\), it must be float32 of shape \(5,\)",
+        ),
+        (lambda: optimizer.load_arrays({**arrays, "exp_avg.9": np.zeros(4)}), "exp_avg.9, which belongs to no"),
+        (lambda: optimizer.load_arrays({}), "the state is of 0 parameters"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    after = optimizer.arrays()
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        np.testing.assert_array_equal(array, after[key])
+
+
+# Arguments -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("SGD", {"lr": math.nan}, "lr is nan, it must be a finite number of at least 0"),
+        ("SGD", {"lr": -1.0}, r"lr is -1\.0"),
+        ("SGD", {"lr": "fast"}, "lr is 'fast'"),
+        ("SGD", {"lr": True}, "lr is True"),
+        ("SGD", {"lr": math.inf}, "lr is inf"),
+        ("SGD", {"momentum": -0.1}, r"momentum is -0\.1"),
+        ("SGD", {"dampening": math.nan}, "dampening is nan, it must be a finite number"),
+        ("SGD", {"nesterov": True}, "nesterov needs a momentum above 0 and a dampening of 0, got momentum 0"),
+        ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"and dampening 0\.1"),
+        ("SGD", {"nesterov": 1, "momentum": 0.9}, "nesterov is 1, it must be True or False"),
+        ("Adam", {"betas": (0.9, 1.0)}, r"betas is \(0\.9, 1\.0\), it must be two numbers in \[0, 1\)"),
+        ("Adam", {"betas": (-0.1, 0.9)}, "betas is"),
+        ("Adam", {"betas": (math.nan, 0.9)}, "betas is"),
+        ("Adam", {"betas": 0.9}, r"betas is 0\.9, it must be two numbers"),
+        ("Adam", {"eps": 0.0}, r"eps is 0\.0, it must be a finite number above 0"),
+        ("AdamW", {"eps": -1e-8}, "eps is -1e-08"),
+        ("AdamW", {"weight_decay": math.nan}, "weight_decay is nan"),
+        ("RMSprop", {"alpha": 1.0}, r"alpha is 1\.0, it must be a number in \[0, 1\)"),
+        ("RMSprop", {"centered": None}, "centered is None"),
+    ],
+)
+def test_bad_hyperparameters(name, arguments, message):
+    p = Tensor(np.ones(3), requires_grad=True)
+    with pytest.raises(InputError, match=message):
+        getattr(optim, name)([p], **arguments)
+    with pytest.raises(InputError, match=message):
+        getattr(optim, name)([{"params": [p], **arguments}])
+    optimizer = getattr(optim, name)([p])
+    optimizer.param_groups[0].update(arguments)
+    p.grad = np.ones(3)
+    with pytest.raises(InputError, match=message):
+        optimizer.step()
+    np.testing.assert_array_equal(p.data, 1)
+
+
+def test_bad_parameters():
+    p = Tensor(np.ones(3), requires_grad=True)
+    for params, message in (
+        ([], "params is empty"),
+        ([p, p], r"params\[1\] of shape \(3,\) is given twice"),
+        ([{"params": [p]}, {"params": [p]}], r"params\[0\] of shape \(3,\) is given twice"),
+        ([np.ones(3)], r"params\[0\] is a ndarray, it must be a cllm.Tensor"),
+        ([("weight", p)], r"params\[0\] is a tuple"),
+        ([p * 2], r"params\[0\] is the result of an operation, it must be a leaf"),
+        ([{"params": [p], "momentun": 0.9}], r'SGD has no argument momentun \(did you mean "momentum"\?\)'),
+        ([{"lr": 0.1}], 'a parameter group must be a dict with the key "params"'),
+    ):
+        with pytest.raises(InputError, match=message):
+            optim.SGD(params)
+
+
+def test_one_tensor_and_a_generator_are_accepted():
+    p, q = (Tensor(np.ones(3), requires_grad=True) for _ in range(2))
+    for params in (p, (x for x in (p, q)), [{"params": p}, {"params": iter([q])}]):
+        optimizer = optim.SGD(params, lr=0.5)
+        p.data[...], q.data[...] = 1, 1
+        p.grad = np.ones(3)
+        optimizer.step()
+        np.testing.assert_array_equal(p.data, 0.5)
+
+
+def test_a_group_added_later_trains():
+    p, q = (Tensor(np.ones(3), requires_grad=True) for _ in range(2))
+    optimizer = optim.Adam([p], lr=0.1)
+    p.grad, q.grad = np.ones(3), np.ones(3)
+    optimizer.step()
+    optimizer.add_param_group({"params": [q], "lr": 0.2})
+    optimizer.step()
+    assert optimizer.steps == [2, 1]
+    np.testing.assert_allclose(p.data, 0.8, rtol=1e-6)
+    np.testing.assert_allclose(q.data, 0.8, rtol=1e-6)
+
+
+# Clipping --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
+def test_clip_grad_norm_against_torch(flat, dtype, max_norm):
+    torch = pytest.importorskip("torch")
+    ours = list(Bag(dtype, flat).parameters())
+    theirs = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in ours]
+    give_gradients(ours, 1, lambda step, i: i == 2)
+    for p, q in zip(ours, theirs):
+        q.grad = None if p.grad is None else torch.tensor(p.grad.copy())
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm).item()
+    norm = optim.clip_grad_norm_((p for p in ours), max_norm)
+    assert isinstance(norm, float)
+    assert norm == pytest.approx(expected, rel=1e-6)
+    for p, q in zip(ours, theirs):
+        if p.grad is not None:
+            np.testing.assert_allclose(p.grad, q.grad.numpy(), rtol=1e-6)
+
+
+def test_clip_grad_norm_of_nan_leaves_the_padding_alone():
+    model = Bag(np.float32, flat=True)
+    parameters = list(model.parameters())
+    give_gradients(parameters, 0, no_skip)
+    parameters[1].grad[0] = np.nan
+    assert math.isnan(optim.clip_grad_norm_(parameters, 1.0))
+    assert all(np.isnan(p.grad).all() for p in parameters)
+    assert np.isnan(model.flat_grad).sum() == sum(p.numel() for p in parameters)
+
+
+def test_clip_grad_norm_only_measures_with_infinity_and_without_gradients():
+    p = Tensor(np.ones(4), requires_grad=True)
+    assert optim.clip_grad_norm_([p], 1.0) == 0.0
+    p.grad = np.full(4, 3.0)
+    assert optim.clip_grad_norm_(p, math.inf) == 6.0
+    np.testing.assert_array_equal(p.grad, 3.0)
+
+
+def test_clip_grad_value():
+    parameters = list(Bag(np.float32, flat=True).parameters())
+    give_gradients(parameters, 0, no_skip)
+    optim.clip_grad_value_(parameters, 0.3)
+    for i, p in enumerate(parameters):
+        np.testing.assert_array_equal(p.grad, np.clip(gradient(0, i, np.float32), -0.3, 0.3))
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, "1", None])
+def test_bad_clipping(value):
+    with pytest.raises(InputError, match="max_norm is"):
+        optim.clip_grad_norm_([], value)
+    with pytest.raises(InputError, match="clip_value is"):
+        optim.clip_grad_value_([], value)
+
+
+# Config ----------------------------------------------------------------------------------------------
+
+
+def test_config_fills_in_the_arguments():
+    adamw = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False}
+    assert OptimConfig().arguments == adamw
+    config = OptimConfig("adam", arguments={"betas": [0.5, 0.6]})
+    assert config.arguments == {**adamw, "betas": (0.5, 0.6), "weight_decay": 0.0}
+    assert OptimConfig("adam", arguments=config.arguments) == config
+    assert OptimConfig("rmsprop").arguments["alpha"] == 0.99
+    assert OptimConfig("sgd", lr=0.5).arguments["momentum"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adamv"}, r'name is "adamv" \(did you mean "adam"\?\), it must be one of sgd, adam, adamw'),
+        ({"arguments": {"weight_deca": 1}}, r'adamw has no argument weight_deca \(did you mean "weight_decay"'),
+        ({"arguments": {"momentum": 0.9}}, "adamw has no argument momentum, it takes betas, eps"),
+        ({"arguments": {"betas": [0.9, 2]}}, r"betas is \[0\.9, 2\]"),
+        ({"name": "sgd", "arguments": {"nesterov": True}}, "nesterov needs"),
+        ({"lr": math.nan}, "lr is nan, it must be a finite number above 0"),
+        ({"lr": 0.0}, r"lr is 0\.0"),
+        ({"grad_clip": -1.0}, r"grad_clip is -1\.0"),
+        ({"decay": "matrix"}, r'decay is "matrix" \(did you mean "matrices"\?\), it must be one of all'),
+    ],
+)
+def test_bad_config(fields, message):
+    with pytest.raises(InputError, match=message):
+        OptimConfig(**fields)
+
+
+def test_build_decays_all_or_matrices():
+    names = [
+        "transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.0.attn.c_attn.bias", "transformer.h.0.ln_1.weight", "token_embedding.weight",
+    ]  # fmt: skip
+    shapes = [(5, 4), (3, 4), (12, 4), (12,), (4,), (5, 4)]
+    named = [(name, Tensor(np.ones(shape), requires_grad=True)) for name, shape in zip(names, shapes)]
+    optimizer = optim.build(OptimConfig(lr=0.25), iter(named))
+    assert type(optimizer) is optim.AdamW
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == 6 and group["lr"] == 0.25
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.1)
+    decays, rest = optim.build(OptimConfig(decay="matrices"), named).param_groups
+    assert decays["params"] == [named[2][1]] and decays["weight_decay"] == 0.1
+    assert len(rest["params"]) == 5 and rest["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("name", optim.BY_NAME)
+def test_every_optimizer_lowers_a_quadratic(name):
+    p = Tensor(np.full(10, 3.0), requires_grad=True)
+    optimizer = optim.build(OptimConfig(name, lr=0.05), [("p", p)])
+    for _ in range(200):
+        (p**2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert np.abs(p.data).max() < 0.2
