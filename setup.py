@@ -116,16 +116,22 @@ class BuildKernels(build_ext):
         folder = tempfile.mkdtemp()
         try:
             source = Path(folder, "probe.c")
-            body = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n" if link_args else (
-                "int main(void) { return 0; }\n"
+            body = (
+                "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+                if link_args
+                else ("int main(void) { return 0; }\n")
             )
             source.write_text(body)
             # Probing is expected to fail on some compilers: keep their complaints out of the log.
             stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 2)
             try:
-                objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=list(compile_args))
-                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=list(link_args))
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=list(compile_args)
+                )
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "probe")), extra_postargs=list(link_args)
+                )
             finally:
                 os.dup2(stderr, 2)
                 os.close(stderr)

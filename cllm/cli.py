@@ -415,7 +415,12 @@ Files go to {Path("runs").resolve()}; what is finished there is reused."""
     command = _command()
     try:
         _heading(1, f"sweep: {_shown_path(sweep_file)}")
-        sweep.run(plan, sweep_directory)
+        try:
+            sweep.run(plan, sweep_directory)
+        except InputError as error:
+            if not sweep_directory.exists():
+                raise
+            raise InputError(f"{error}; or delete {sweep_directory} and start quickstart afresh") from None
 
         _heading(2, "figures")
         for path in figures.for_directory(sweep_directory):

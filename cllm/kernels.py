@@ -14,16 +14,14 @@ import numpy as np
 
 from cllm._core.pool import empty
 from cllm._kernels import attention as _attention
-from cllm._kernels import available as available_isas
+from cllm._kernels import available as available_isas  # noqa: F401  (for cllm info)
 from cllm._kernels import elementwise as _elementwise
 from cllm._kernels import embedding as _embedding
 from cllm._kernels import gemm as _gemm
-from cllm._kernels import isa
+from cllm._kernels import isa  # noqa: F401  (the variant in use)
 from cllm._kernels import loss as _loss
 from cllm._kernels import norm as _norm
 from cllm._kernels import optimizers as _optimizers
-
-__all__ = ["available_isas", "get_num_threads", "isa", "openmp", "set_num_threads"]
 
 openmp = _gemm.OPENMP  # whether the kernels were built with threads
 
@@ -167,7 +165,9 @@ def _rows(x):
 
 def _check_linear(function, x, weight):
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{function}: x is {x.shape}, weight is {weight.shape}; they must be (..., I) and (O, I)")
+        raise ValueError(
+            f"{function}: x is {x.shape}, weight is {weight.shape}; they must be (..., I) and (O, I)"
+        )
 
 
 def linear_forward(x, weight, bias=None, out=None):
@@ -248,8 +248,8 @@ def linear_backward(dy, x, weight, *, bias=True, out=None, accumulate=False):
 
 
 def _strided_matrices(x, batch):
-    """x (..., M, K) for the batched product: the array (copied when neither stride is 1), where each matrix of the
-    broadcast batch starts, and the two strides, counted in elements."""
+    """x (..., M, K) for the batched product: the array (copied when neither stride is 1), where each matrix
+    of the broadcast batch starts, and the two strides, counted in elements."""
     size = x.itemsize
     steps = [1 if n == 1 else stride // size for n, stride in zip(x.shape[-2:], x.strides[-2:])]
     if 1 not in steps or min(steps) < 1 or not x.flags.aligned:
@@ -335,7 +335,9 @@ def _attention_inputs(function, scale, dropout_p, **arrays):
     wanted = {"k": (q[0], q[1], k[2], q[3]), "v": k, "out": q, "dout": q}
     for name, shape in shapes.items():
         if name != "q" and shape != wanted[name]:
-            raise ValueError(f"{function}: {name} is {shape}, it must be {wanted[name]}, since q is {q} and k is {k}")
+            raise ValueError(
+                f"{function}: {name} is {shape}, it must be {wanted[name]}, since q is {q} and k is {k}"
+            )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
     if scale is None:
@@ -419,7 +421,9 @@ def attention_backward(
     Dao et al. 2022, "FlashAttention", algorithm 4.
     """
     function = "attention_backward"
-    q, k, v, out, dout, scale = _attention_inputs(function, scale, dropout_p, q=q, k=k, v=v, out=out, dout=dout)
+    q, k, v, out, dout, scale = _attention_inputs(
+        function, scale, dropout_p, q=q, k=k, v=v, out=out, dout=dout
+    )
     (lse,) = _inputs(function, lse=lse)
     if lse.shape != q.shape[:3] or lse.dtype != q.dtype:
         raise ValueError(f"{function}: lse is {lse.shape} {lse.dtype}, it must be {q.shape[:3]} {q.dtype}")
@@ -444,7 +448,9 @@ def _split_heads(x, n_head, parts=1):
 
 def _check_packed(function, qkv, n_head, dropout_p):
     if qkv.ndim != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
-        raise ValueError(f"{function}: qkv is {qkv.shape}, it must be (B, T, 3 C) with C divisible by {n_head} heads")
+        raise ValueError(
+            f"{function}: qkv is {qkv.shape}, it must be (B, T, 3 C) with C divisible by {n_head} heads"
+        )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
 
@@ -478,7 +484,9 @@ def packed_attention_forward(qkv, n_head, *, is_causal=True, scale=None, dropout
     return out, lse
 
 
-def packed_attention_backward(dout, qkv, out, lse, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0):
+def packed_attention_backward(
+    dout, qkv, out, lse, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0
+):
     """Gradient of `packed_attention_forward` with respect to qkv.
 
     Parameters
@@ -497,7 +505,11 @@ def packed_attention_backward(dout, qkv, out, lse, n_head, *, is_causal=True, sc
     dout, qkv, out, lse = _inputs(function, dout=dout, qkv=qkv, out=out, lse=lse)
     _check_packed(function, qkv, n_head, dropout_p)
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    for name, array, shape in (("dout", dout, (B, T, C)), ("out", out, (B, T, C)), ("lse", lse, (B, n_head, T))):
+    for name, array, shape in (
+        ("dout", dout, (B, T, C)),
+        ("out", out, (B, T, C)),
+        ("lse", lse, (B, n_head, T)),
+    ):
         if array.shape != shape:
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {shape}")
     dqkv = empty(qkv.shape, qkv.dtype)
@@ -564,7 +576,9 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
         dy, hidden, w2, bias=bias, out=(None, out[3], out[4]), accumulate=accumulate
     )
     dpre = gelu_backward(dhidden, pre, approximate, out=hidden)
-    dx, dw1, db1 = linear_backward(dpre, x, w1, bias=bias, out=(out[0], out[1], out[2]), accumulate=accumulate)
+    dx, dw1, db1 = linear_backward(
+        dpre, x, w1, bias=bias, out=(out[0], out[1], out[2]), accumulate=accumulate
+    )
     return dx, dw1, db1, dw2, db2
 
 
@@ -987,8 +1001,8 @@ def cross_entropy_backward(
 
 # Head and cross-entropy ------------------------------------------------------------------------------
 
-# Logits in memory at a time: 4 M elements (16 MB in float32), but at least 128 rows, since the weight is packed again
-# for each chunk.
+# Logits in memory at a time: 4 M elements (16 MB in float32), but at least 128 rows, since the weight is
+# packed again for each chunk.
 _CHUNK_ELEMENTS, _CHUNK_ROWS = 1 << 22, 128
 
 
@@ -1001,11 +1015,13 @@ def _chunks(n_rows, n_classes):
 def _check_head(function, x, weight, targets):
     _check_linear(function, x, weight)
     if x.ndim != 2 or targets.shape != x.shape[:1]:
-        raise ValueError(f"{function}: x is {x.shape}, targets is {targets.shape}; they must be (N, C) and (N,)")
+        raise ValueError(
+            f"{function}: x is {x.shape}, targets is {targets.shape}; they must be (N, C) and (N,)"
+        )
 
 
 def linear_cross_entropy_forward(x, weight, targets, *, ignore_index=-100, label_smoothing=0.0):
-    """Softmax cross-entropy of the logits x weight^T, a chunk of rows at a time: they are never all in memory.
+    """Softmax cross-entropy of the logits x weight^T, of which only a chunk of rows is in memory at a time.
 
     Parameters
     ----------

@@ -36,9 +36,10 @@ class Lines:
         self.steps_todo = sum(self.max_steps[name] for name in todo)
         self.steps_ended = 0
         self.began = self.spoken = monotonic()
-        threads = f"{sweep.config.threads} thread{'s' * (sweep.config.threads > 1)}"
         product = f"{len(sweep.settings)} settings x {len(sweep.config.seeds)} seeds = {len(trials)} trials"
-        self.say(f"sweep: {product}, {n_workers} at once with {threads} each; files in {directory}")
+        threads = f"{sweep.config.threads} thread{'s' * (sweep.config.threads > 1)}"
+        at_once = f", {n_workers} at once with {threads} each" if todo else ""
+        self.say(f"sweep: {product}{at_once}; files in {directory}")
         for notice in sweep.notices:
             self.say(notice)
         if len(todo) < len(trials):
@@ -132,8 +133,6 @@ class Table(Lines):
         for name, (step, loss) in list(self.running.items())[:MOST_ROWS]:
             steps, setting = self.max_steps[name], self.results[name].trial.setting
             bar = ProgressBar(steps, step, width=20)
-            rows.add_row(
-                name, self.sweep.describe(setting), bar, f"step {step}/{steps}", f"loss {loss:.3f}"
-            )
+            rows.add_row(name, self.sweep.describe(setting), bar, f"step {step}/{steps}", f"loss {loss:.3f}")
         below = [f"and {len(self.running) - MOST_ROWS} more"] if len(self.running) > MOST_ROWS else []
         return Group(total, rows, *below, self.best)

@@ -52,7 +52,9 @@ def assert_gradients_close(results, expected, dout, dtype):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 70)),
+    st.tuples(
+        st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 70)
+    ),
     st.booleans(),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from(DTYPES),
@@ -69,7 +71,9 @@ def test_attention(shape, is_causal, dropout_p, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (1, 2, 200, 200, 33), (2, 1, 97, 300, 64), (1, 1, 300, 64, 130)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (1, 2, 200, 200, 33), (2, 1, 97, 300, 64), (1, 1, 300, 64, 130)]
+)
 def test_sizes_over_several_blocks(shape, is_causal, dtype):
     q, k, v, dout = problem(*shape, dtype)
     results = with_threads(1, lambda: both_passes(q, k, v, dout, is_causal))
@@ -154,7 +158,9 @@ def test_refuses_bad_arguments():
     q, k, v, dout = problem(2, 3, 5, 6, 4, np.float32)
     forward, backward = kernels.attention_forward, kernels.attention_backward
     out, lse = forward(q, k, v)
-    assert_refuses(ValueError, "attention_forward: q is (3, 5, 4), it must be (B, H, T, D)", forward, q[0], k, v)
+    assert_refuses(
+        ValueError, "attention_forward: q is (3, 5, 4), it must be (B, H, T, D)", forward, q[0], k, v
+    )
     message = (
         "attention_forward: v is (2, 3, 5, 4), it must be (2, 3, 6, 4), "
         "since q is (2, 3, 5, 4) and k is (2, 3, 6, 4)"

@@ -20,8 +20,17 @@ from kernel_checks import (
 
 from cllm import kernels, reference
 
-# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of rows, of columns and of K.
-SHAPES = [(1, 1, 1), (3, 65, 5), (7, 6, 64), (50, 130, 97), (400, 70, 33), (9, 65, 1700), (1700, 13, 9), (2, 4200, 3)]
+# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of each.
+SHAPES = [
+    (1, 1, 1),
+    (3, 65, 5),
+    (7, 6, 64),
+    (50, 130, 97),
+    (400, 70, 33),
+    (9, 65, 1700),
+    (1700, 13, 9),
+    (2, 4200, 3),
+]
 
 
 def problem(shape, dtype):
@@ -82,7 +91,9 @@ def test_linear_keeps_leading_dimensions_and_takes_empty_ones():
     assert kernels.linear_forward(np.zeros((0, 4), np.float32), weight, bias).shape == (0, 5)
     nothing = kernels.linear_forward(np.zeros((3, 0), np.float32), np.zeros((5, 0), np.float32), bias)
     assert np.array_equal(nothing, np.tile(bias, (3, 1)))
-    dx, dweight, dbias = kernels.linear_backward(np.zeros((0, 5), np.float32), np.zeros((0, 4), np.float32), weight)
+    dx, dweight, dbias = kernels.linear_backward(
+        np.zeros((0, 5), np.float32), np.zeros((0, 4), np.float32), weight
+    )
     assert dx.shape == (0, 4)
     assert not dweight.any()
     assert not dbias.any()
@@ -180,13 +191,22 @@ def test_feed_forward(dtype, approximate):
     wanted = reference.feed_forward_backward(dy, x, expected[1], w1, w2, approximate=approximate)
     assert_close(results, wanted, dtype)
     twice = kernels.feed_forward_backward(
-        dy, x, pre, w1, w2, approximate=approximate, out=(None, *[r.copy() for r in results[1:]]), accumulate=True
+        dy,
+        x,
+        pre,
+        w1,
+        w2,
+        approximate=approximate,
+        out=(None, *[r.copy() for r in results[1:]]),
+        accumulate=True,
     )
     assert_close(twice, (wanted[0], *[2 * w for w in wanted[1:]]), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 65, 20), (300, 40_000, 3)])  # the last takes three chunks of rows
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (37, 65, 20), (300, 40_000, 3)]
+)  # the last takes three chunks of rows
 def test_linear_cross_entropy(shape, dtype):
     n, n_classes, channels = shape
     x, weight = values(n, channels, dtype=dtype), values(n_classes, channels, dtype=dtype, seed=1)
@@ -213,7 +233,9 @@ def test_linear_cross_entropy(shape, dtype):
 
 def test_linear_cross_entropy_refuses_bad_targets():
     x, weight = values(3, 4, dtype=np.float32), values(5, 4, dtype=np.float32)
-    with pytest.raises(ValueError, match=r"x is \(3, 4\), targets is \(2,\); they must be \(N, C\) and \(N,\)"):
+    with pytest.raises(
+        ValueError, match=r"x is \(3, 4\), targets is \(2,\); they must be \(N, C\) and \(N,\)"
+    ):
         kernels.linear_cross_entropy_forward(x, weight, [0, 1])
     with pytest.raises(ValueError, match="5"):
         kernels.linear_cross_entropy_forward(x, weight, [0, 5, 1])

@@ -117,7 +117,7 @@ def without_key_biases(state, n_embd):
     """The weights, less each key bias: softmax ignores it, so its gradient is rounding alone."""
     weights = {}
     for name, array in state.items():
-        array = np.array(array.detach() if isinstance(array, torch.Tensor) else array)
+        array = np.array(array.numpy() if isinstance(array, torch.Tensor) else array)
         if name.endswith("c_attn.bias"):
             array[n_embd : 2 * n_embd] = 0
         weights[name] = array

@@ -7,14 +7,11 @@ cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange
 from libc.stdint cimport uint32_t, uint64_t
+from numpy cimport PyArray_DATA as data
+
+from cllm._kernels.vmath cimport verf, vexp
 
 cnp.import_array()
-
-cdef extern from "vmath.h" nogil:
-    float vexp "cllm_expf"(float)
-    double vexp "cllm_exp"(double)
-    float verf "cllm_erff"(float)
-    double verf "cllm_erf"(double)
 
 cdef extern from "hash.h" nogil:
     uint32_t cllm_hash_high(uint64_t key, uint64_t index)
@@ -63,7 +60,8 @@ cdef void gelu_tanh_forward(const floating* x, floating* out, Py_ssize_t n) noex
         out[i] = v * sigmoid_2u(bounded(v, -10, 10))
 
 
-cdef void gelu_tanh_backward(const floating* dy, const floating* x, floating* dx, Py_ssize_t n) noexcept nogil:
+cdef void gelu_tanh_backward(const floating* dy, const floating* x, floating* dx,
+                             Py_ssize_t n) noexcept nogil:
     """d(x s)/dx = s + x s (1 - s) 2u', with s = sigmoid(2u) as in gelu_tanh_forward."""
     cdef Py_ssize_t i
     cdef floating v, s
@@ -83,7 +81,8 @@ cdef void gelu_erf_forward(const floating* x, floating* out, Py_ssize_t n) noexc
         out[i] = v * normal_cdf(v)
 
 
-cdef void gelu_erf_backward(const floating* dy, const floating* x, floating* dx, Py_ssize_t n) noexcept nogil:
+cdef void gelu_erf_backward(const floating* dy, const floating* x, floating* dx,
+                            Py_ssize_t n) noexcept nogil:
     """d(x Phi(x))/dx = Phi(x) + x phi(x)."""
     cdef Py_ssize_t i
     cdef floating v
@@ -92,14 +91,16 @@ cdef void gelu_erf_backward(const floating* dy, const floating* x, floating* dx,
         dx[i] = dy[i] * (normal_cdf(v) + v * <floating>0.3989422804014327 * vexp(<floating>-0.5 * v * v))
 
 
-cdef void gelu_forward_blocks(const floating* x, floating* out, Py_ssize_t n, bint tanh, int n_threads) noexcept nogil:
+cdef void gelu_forward_blocks(const floating* x, floating* out, Py_ssize_t n, bint tanh,
+                              int n_threads) noexcept nogil:
     """out = gelu(x).  x, out: (n,)."""
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, start
     for block in prange(n_blocks(n), num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        start = block * BLOCK
         if tanh:
-            gelu_tanh_forward(x + block * BLOCK, out + block * BLOCK, block_size(block, n))
+            gelu_tanh_forward(x + start, out + start, block_size(block, n))
         else:
-            gelu_erf_forward(x + block * BLOCK, out + block * BLOCK, block_size(block, n))
+            gelu_erf_forward(x + start, out + start, block_size(block, n))
 
 
 cdef void gelu_backward_blocks(const floating* dy, const floating* x, floating* dx, Py_ssize_t n, bint tanh,
@@ -120,10 +121,10 @@ def gelu_forward(cnp.ndarray x, cnp.ndarray out, bint tanh, int n_threads):
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            gelu_forward_blocks(<float*>cnp.PyArray_DATA(x), <float*>cnp.PyArray_DATA(out), n, tanh, n_threads)
+            gelu_forward_blocks(<float*>data(x), <float*>data(out), n, tanh, n_threads)
     else:
         with nogil:
-            gelu_forward_blocks(<double*>cnp.PyArray_DATA(x), <double*>cnp.PyArray_DATA(out), n, tanh, n_threads)
+            gelu_forward_blocks(<double*>data(x), <double*>data(out), n, tanh, n_threads)
 
 
 def gelu_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, bint tanh, int n_threads):
@@ -132,12 +133,12 @@ def gelu_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, bint tanh, int 
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            gelu_backward_blocks(<float*>cnp.PyArray_DATA(dy), <float*>cnp.PyArray_DATA(x),
-                                 <float*>cnp.PyArray_DATA(dx), n, tanh, n_threads)
+            gelu_backward_blocks(<float*>data(dy), <float*>data(x),
+                                 <float*>data(dx), n, tanh, n_threads)
     else:
         with nogil:
-            gelu_backward_blocks(<double*>cnp.PyArray_DATA(dy), <double*>cnp.PyArray_DATA(x),
-                                 <double*>cnp.PyArray_DATA(dx), n, tanh, n_threads)
+            gelu_backward_blocks(<double*>data(dy), <double*>data(x),
+                                 <double*>data(dx), n, tanh, n_threads)
 
 
 # Dropout ---------------------------------------------------------------------------------------------
@@ -155,9 +156,10 @@ cdef void dropout_block(const floating* x, floating* out, Py_ssize_t n, uint64_t
 cdef void dropout_blocks(const floating* x, floating* out, Py_ssize_t n, uint64_t key, uint32_t limit,
                          floating scale, int n_threads) noexcept nogil:
     """out = dropout(x).  x, out: (n,). Its own backward: the gradient passes where the value passed."""
-    cdef Py_ssize_t block
+    cdef Py_ssize_t block, start
     for block in prange(n_blocks(n), num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-        dropout_block(x + block * BLOCK, out + block * BLOCK, block_size(block, n), key, block * BLOCK, limit, scale)
+        start = block * BLOCK
+        dropout_block(x + start, out + start, block_size(block, n), key, start, limit, scale)
 
 
 def dropout(cnp.ndarray x, cnp.ndarray out, uint64_t key, uint32_t limit, double scale, int n_threads):
@@ -166,9 +168,9 @@ def dropout(cnp.ndarray x, cnp.ndarray out, uint64_t key, uint32_t limit, double
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            dropout_blocks(<float*>cnp.PyArray_DATA(x), <float*>cnp.PyArray_DATA(out), n, key, limit,
+            dropout_blocks(<float*>data(x), <float*>data(out), n, key, limit,
                            <float>scale, n_threads)
     else:
         with nogil:
-            dropout_blocks(<double*>cnp.PyArray_DATA(x), <double*>cnp.PyArray_DATA(out), n, key, limit,
+            dropout_blocks(<double*>data(x), <double*>data(out), n, key, limit,
                            scale, n_threads)

@@ -10,6 +10,7 @@ from cython cimport floating
 from cython.parallel cimport prange
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
+from numpy cimport PyArray_DATA as data
 
 cnp.import_array()
 
@@ -35,7 +36,7 @@ def embedding_forward(cnp.ndarray tokens, cnp.ndarray weight, cnp.ndarray out, i
     if N * C < SERIAL_BELOW:
         n_threads = 1
     with nogil:
-        forward(<int64_t*>cnp.PyArray_DATA(tokens), <char*>cnp.PyArray_DATA(weight), <char*>cnp.PyArray_DATA(out), N,
+        forward(<int64_t*>data(tokens), <char*>data(weight), <char*>data(out), N,
                 C * cnp.PyArray_ITEMSIZE(weight), n_threads)
 
 
@@ -50,8 +51,9 @@ cdef void list_tokens(const int64_t* tokens, int64_t* first, int64_t* following,
         first[tokens[i]] = i
 
 
-cdef void sum_columns(const floating* dy, const int64_t* tokens, const int64_t* first, const int64_t* following,
-                      floating* dweight, Py_ssize_t N, Py_ssize_t C, Py_ssize_t n) noexcept nogil:
+cdef void sum_columns(const floating* dy, const int64_t* tokens, const int64_t* first,
+                      const int64_t* following, floating* dweight, Py_ssize_t N, Py_ssize_t C,
+                      Py_ssize_t n) noexcept nogil:
     """Adds the first n columns of dy (N, C) to those of dweight (V, C), token by token; n <= COLUMNS."""
     cdef floating partial[COLUMNS]
     cdef const floating* source
@@ -79,8 +81,8 @@ cdef void sum_columns(const floating* dy, const int64_t* tokens, const int64_t* 
 cdef void backward(const floating* dy, const int64_t* tokens, int64_t* lists, floating* dweight, Py_ssize_t N,
                    Py_ssize_t V, Py_ssize_t C, bint accumulate, int n_threads) noexcept nogil:
     """dy: (N, C); tokens: (N,); lists: scratch, (V + N,); dweight: (V, C)."""
-    cdef Py_ssize_t lines = (C + LINE - 1) // LINE
-    cdef Py_ssize_t width = min(<Py_ssize_t>COLUMNS, max(<Py_ssize_t>1, (lines + n_threads - 1) // n_threads) * LINE)
+    cdef Py_ssize_t lines = max(<Py_ssize_t>1, (C + LINE - 1) // LINE)
+    cdef Py_ssize_t width = min(<Py_ssize_t>COLUMNS, (lines + n_threads - 1) // n_threads * LINE)
     cdef Py_ssize_t block, start
     if not accumulate:
         for block in prange((V + ROW_BLOCK - 1) // ROW_BLOCK, num_threads=n_threads, schedule="static",
@@ -94,18 +96,19 @@ cdef void backward(const floating* dy, const int64_t* tokens, int64_t* lists, fl
         sum_columns(dy + start, tokens, lists, lists + V, dweight + start, N, C, min(width, C - start))
 
 
-def embedding_backward(cnp.ndarray dy, cnp.ndarray tokens, cnp.ndarray lists, cnp.ndarray dweight, bint accumulate,
-                       int n_threads):
-    cdef Py_ssize_t N = cnp.PyArray_SIZE(tokens), V = cnp.PyArray_DIM(dweight, 0), C = cnp.PyArray_DIM(dweight, 1)
-    cdef int64_t* t = <int64_t*>cnp.PyArray_DATA(tokens)
-    cdef int64_t* scratch = <int64_t*>cnp.PyArray_DATA(lists)
+def embedding_backward(cnp.ndarray dy, cnp.ndarray tokens, cnp.ndarray lists, cnp.ndarray dweight,
+                       bint accumulate, int n_threads):
+    cdef Py_ssize_t N = cnp.PyArray_SIZE(tokens)
+    cdef Py_ssize_t V = cnp.PyArray_DIM(dweight, 0), C = cnp.PyArray_DIM(dweight, 1)
+    cdef int64_t* t = <int64_t*>data(tokens)
+    cdef int64_t* scratch = <int64_t*>data(lists)
     if N * C < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(dy) == cnp.NPY_FLOAT:
         with nogil:
-            backward(<float*>cnp.PyArray_DATA(dy), t, scratch, <float*>cnp.PyArray_DATA(dweight), N, V, C, accumulate,
+            backward(<float*>data(dy), t, scratch, <float*>data(dweight), N, V, C, accumulate,
                      n_threads)
     else:
         with nogil:
-            backward(<double*>cnp.PyArray_DATA(dy), t, scratch, <double*>cnp.PyArray_DATA(dweight), N, V, C,
+            backward(<double*>data(dy), t, scratch, <double*>data(dweight), N, V, C,
                      accumulate, n_threads)

@@ -10,14 +10,12 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, log
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
+from numpy cimport PyArray_DATA as data
 
 from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_largest, lanes_total
+from cllm._kernels.vmath cimport vexp
 
 cnp.import_array()
-
-cdef extern from "vmath.h" nogil:
-    float vexp "cllm_expf"(float)
-    double vexp "cllm_exp"(double)
 
 cdef enum:
     CHUNK = 32              # groups of LANES elements summed before the sum goes on in double: rows are long
@@ -26,7 +24,7 @@ cdef Py_ssize_t SERIAL_BELOW = 16384
 
 
 cdef inline void load_rest(const floating* z, Py_ssize_t V, floating* lane) noexcept nogil:
-    """The last V % LANES elements in the last lanes; minus infinity, whose exponential is 0, in the others."""
+    """The last V % LANES elements in the last lanes, minus infinity (its exponential is 0) in the others."""
     cdef int k, skip = LANES - V % LANES
     if V >= LANES:          # whole vectors that overlap the group before: V = 65: 49 -> 15 ns a row
         z += V - LANES
@@ -40,7 +38,7 @@ cdef inline void load_rest(const floating* z, Py_ssize_t V, floating* lane) noex
 
 
 cdef inline floating row_max(const floating* z, Py_ssize_t V) noexcept nogil:
-    """The largest element, or minus infinity; NaNs are passed over (they fail the comparison)."""
+    """The largest element; where there is a NaN, perhaps NaN: it spoils the row's sum in any case."""
     cdef Py_ssize_t group, k
     cdef floating lane[LANES]
     load_rest(z, V, lane)
@@ -48,8 +46,6 @@ cdef inline floating row_max(const floating* z, Py_ssize_t V) noexcept nogil:
         for k in range(LANES):
             lane[k] = z[k] if z[k] > lane[k] else lane[k]
         z += LANES
-    for k in range(LANES):
-        lane[k] = lane[k] if lane[k] == lane[k] else -INFINITY
     return lanes_largest(lane)
 
 
@@ -95,35 +91,27 @@ cdef inline double row_mean(const floating* z, floating shift, Py_ssize_t V) noe
 
 cdef void row_forward(const floating* z, int64_t target, bint ignored, double smoothing, Py_ssize_t V,
                       floating* loss, floating* lse) noexcept nogil:
-    """loss = lse - (1 - smoothing) z[target] - smoothing mean(z), all taken from the largest element: exact
-    for logits of any size."""
+    """loss = lse - (1 - smoothing) z[target] - smoothing mean(z), all taken from the largest element: logits
+    of any size keep their digits."""
     cdef floating largest = row_max(z, V)
     cdef double log_total = log(row_sum_exp(z, largest, V))
-    cdef double value
+    cdef double value = 0
     lse[0] = <floating>(largest + log_total)
-    if ignored:
-        loss[0] = 0
-        return
-    value = log_total - (1 - smoothing) * (z[target] - largest)
-    if smoothing > 0:
-        value -= smoothing * row_mean(z, largest, V)
+    if not ignored:
+        value = log_total - (1 - smoothing) * (z[target] - largest)
+        if smoothing > 0:
+            value -= smoothing * row_mean(z, largest, V)
     loss[0] = <floating>value
 
 
-cdef void row_backward(const floating* z, int64_t target, double smoothing, floating lse, double dloss,
-                       Py_ssize_t V, floating* dz) noexcept nogil:
-    """dz = dloss (softmax(z) - (1 - smoothing) onehot(target) - smoothing / V); dz may be z.
-
-    exp(z - lse) is divided by its sum: a float32 lse of 1e4 is off by up to 5e-4, which the sum undoes.
-    Blocks go through a local array, so that the loops vectorise although dz may be z.
-    """
-    cdef Py_ssize_t groups = V // LANES, group, j, k
+cdef inline double row_exp(const floating* z, floating lse, floating* out, Py_ssize_t V) noexcept nogil:
+    """out = exp(z - lse), and its sum; out may be z: groups go through a local array, so that the loops
+    vectorise nevertheless, and the rest is read before anything is written."""
+    cdef Py_ssize_t groups = V // LANES, group, k
     cdef floating lane[LANES]
     cdef floating p[LANES]
     cdef floating rest[LANES]
-    cdef floating* out = dz
     cdef double total = 0
-    cdef floating scale, shift
     load_rest(z, V, rest)
     while groups > 0:
         lanes_clear(lane)
@@ -143,8 +131,19 @@ cdef void row_backward(const floating* z, int64_t target, double smoothing, floa
             p[k] = vexp(rest[k] - lse)
         memcpy(out, p + LANES - V % LANES, V % LANES * sizeof(floating))
         total += lanes_total(p)
-    scale = <floating>(dloss / total)
-    shift = <floating>(dloss * smoothing / V)
+    return total
+
+
+cdef void row_backward(const floating* z, int64_t target, double smoothing, floating lse, double dloss,
+                       Py_ssize_t V, floating* dz) noexcept nogil:
+    """dz = dloss (softmax(z) - (1 - smoothing) onehot(target) - smoothing / V); dz may be z.
+
+    exp(z - lse) is divided by its sum, which would be 1 without rounding: a float32 lse of 1e4 is off by up
+    to 5e-4, and the sum undoes that.
+    """
+    cdef double total = row_exp(z, lse, dz, V)
+    cdef floating scale = <floating>(dloss / total), shift = <floating>(dloss * smoothing / V)
+    cdef Py_ssize_t j
     for j in range(V):
         # Tails under 1e-30 become 0: times a small dloss they would be denormals, which slow the products.
         dz[j] = (<floating>0 if dz[j] < <floating>1e-30 else dz[j]) * scale - shift
@@ -159,9 +158,9 @@ cdef void forward(const floating* logits, const int64_t* targets, int64_t ignore
         row_forward(logits + i * V, targets[i], targets[i] == ignore_index, smoothing, V, losses + i, lse + i)
 
 
-cdef void backward(const floating* dlosses, const floating* logits, const int64_t* targets, const floating* lse,
-                   int64_t ignore_index, double smoothing, floating* dlogits, Py_ssize_t N, Py_ssize_t V,
-                   int n_threads) noexcept nogil:
+cdef void backward(const floating* dlosses, const floating* logits, const int64_t* targets,
+                   const floating* lse, int64_t ignore_index, double smoothing, floating* dlogits,
+                   Py_ssize_t N, Py_ssize_t V, int n_threads) noexcept nogil:
     """dlosses, targets, lse: (N,); logits, dlogits: (N, V), which may be the same array."""
     cdef Py_ssize_t i
     for i in prange(N, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
@@ -174,32 +173,32 @@ cdef void backward(const floating* dlosses, const floating* logits, const int64_
 def cross_entropy_forward(cnp.ndarray logits, cnp.ndarray targets, int64_t ignore_index, double smoothing,
                           cnp.ndarray losses, cnp.ndarray lse, int n_threads):
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
-    cdef int64_t* t = <int64_t*>cnp.PyArray_DATA(targets)
+    cdef int64_t* t = <int64_t*>data(targets)
     if N * V < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
-            forward(<float*>cnp.PyArray_DATA(logits), t, ignore_index, smoothing, <float*>cnp.PyArray_DATA(losses),
-                    <float*>cnp.PyArray_DATA(lse), N, V, n_threads)
+            forward(<float*>data(logits), t, ignore_index, smoothing, <float*>data(losses),
+                    <float*>data(lse), N, V, n_threads)
     else:
         with nogil:
-            forward(<double*>cnp.PyArray_DATA(logits), t, ignore_index, smoothing, <double*>cnp.PyArray_DATA(losses),
-                    <double*>cnp.PyArray_DATA(lse), N, V, n_threads)
+            forward(<double*>data(logits), t, ignore_index, smoothing, <double*>data(losses),
+                    <double*>data(lse), N, V, n_threads)
 
 
 def cross_entropy_backward(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray lse,
                            int64_t ignore_index, double smoothing, cnp.ndarray dlogits, int n_threads):
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
-    cdef int64_t* t = <int64_t*>cnp.PyArray_DATA(targets)
+    cdef int64_t* t = <int64_t*>data(targets)
     if N * V < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
-            backward(<float*>cnp.PyArray_DATA(dlosses), <float*>cnp.PyArray_DATA(logits), t,
-                     <float*>cnp.PyArray_DATA(lse), ignore_index, smoothing, <float*>cnp.PyArray_DATA(dlogits), N, V,
+            backward(<float*>data(dlosses), <float*>data(logits), t,
+                     <float*>data(lse), ignore_index, smoothing, <float*>data(dlogits), N, V,
                      n_threads)
     else:
         with nogil:
-            backward(<double*>cnp.PyArray_DATA(dlosses), <double*>cnp.PyArray_DATA(logits), t,
-                     <double*>cnp.PyArray_DATA(lse), ignore_index, smoothing, <double*>cnp.PyArray_DATA(dlogits), N, V,
+            backward(<double*>data(dlosses), <double*>data(logits), t,
+                     <double*>data(lse), ignore_index, smoothing, <double*>data(dlogits), N, V,
                      n_threads)

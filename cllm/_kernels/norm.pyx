@@ -1,22 +1,23 @@
 """Layer norm over the last axis (Ba, Kiros & Hinton 2016).
 
 A row stays in the first cache while it is read two or three times: mean, then squared distances from it
-(one pass over sum(x^2) - mean^2 cancels), then the result. Threads share blocks of ROW_BLOCK rows. The
-gradients of weight and bias are sums over all rows: each block makes its own partial sums, which are
-then combined in the order of the blocks (a plain float32 sum over 4096 rows loses 3.5e-4).
+(one pass over sum(x^2) - mean^2 cancels), then the result. Threads share rows. The gradients of weight
+and bias are sums over all rows: each block of ROW_BLOCK rows makes its own partial sums, which are then
+combined in the order of the blocks (a plain float32 sum over 4096 rows loses 3.5e-4).
 """
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange
 from libc.math cimport sqrt, sqrtf
 from libc.string cimport memcpy
+from numpy cimport PyArray_DATA as data
 
 from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
 
 cnp.import_array()
 
 cdef enum:
-    ROW_BLOCK = 32
+    ROW_BLOCK = 32          # rows of one partial sum
     COLUMN_BLOCK = 64       # columns of partial sums combined together
 # Under this many elements a second thread costs more than it brings.
 cdef Py_ssize_t SERIAL_BELOW = 32768
@@ -79,29 +80,38 @@ cdef inline void row_products(const floating* dy, const floating* x, const float
     normed[0] = lanes_total(b) * rstd
 
 
-cdef void forward_block(const floating* x, const floating* weight, const floating* bias, double eps, floating* y,
-                        floating* mean, floating* rstd, Py_ssize_t N, Py_ssize_t C) noexcept nogil:
-    cdef Py_ssize_t i, j
-    cdef floating m, r
-    for i in range(N):
-        m = row_sum(x, C) / <floating>C
-        r = <floating>1 / root(row_squares(x, m, C) / <floating>C + <floating>eps)
-        if bias is NULL:
-            for j in range(C):
-                y[j] = (x[j] - m) * r * weight[j]
-        else:
-            for j in range(C):
-                y[j] = (x[j] - m) * r * weight[j] + bias[j]
-        mean[i] = m
-        rstd[i] = r
-        x += C
-        y += C
+cdef void forward_row(const floating* x, const floating* weight, const floating* bias, double eps,
+                      floating* y, floating* mean, floating* rstd, Py_ssize_t C) noexcept nogil:
+    """y = (x - mean) rstd weight + bias."""
+    cdef floating m = row_sum(x, C) / <floating>C
+    cdef floating r = <floating>1 / root(row_squares(x, m, C) / <floating>C + <floating>eps)
+    cdef Py_ssize_t j
+    if bias is NULL:
+        for j in range(C):
+            y[j] = (x[j] - m) * r * weight[j]
+    else:
+        for j in range(C):
+            y[j] = (x[j] - m) * r * weight[j] + bias[j]
+    mean[0] = m
+    rstd[0] = r
 
 
-cdef inline void column_sums(const floating* dy, const floating* x, const floating* mean, const floating* rstd,
-                             floating* dweight, floating* dbias, Py_ssize_t N, Py_ssize_t C,
-                             Py_ssize_t n) noexcept nogil:
-    """dweight, dbias (n,): the sums over N rows of dy (x - mean) rstd and of dy, for n <= LANES columns of C."""
+cdef void backward_row(const floating* dy, const floating* x, const floating* weight, floating mean,
+                       floating rstd, floating* dx, Py_ssize_t C) noexcept nogil:
+    """dx = rstd (g - mean(g) - h mean(g h)), with h = (x - mean) rstd and g = dy weight; inverts forward_row."""
+    cdef floating plain, normed
+    cdef Py_ssize_t j
+    row_products(dy, x, weight, mean, rstd, C, &plain, &normed)
+    plain /= <floating>C
+    normed = normed / <floating>C * rstd
+    for j in range(C):
+        dx[j] = rstd * (dy[j] * weight[j] - plain - (x[j] - mean) * normed)
+
+
+cdef inline void column_sums(const floating* dy, const floating* x, const floating* mean,
+                             const floating* rstd, floating* dweight, floating* dbias, Py_ssize_t N,
+                             Py_ssize_t C, Py_ssize_t n) noexcept nogil:
+    """dweight, dbias (n,): sums over N rows of dy (x - mean) rstd and of dy, for n <= LANES of C columns."""
     cdef Py_ssize_t i, k
     cdef floating a[LANES]
     cdef floating b[LANES]
@@ -121,35 +131,21 @@ cdef inline void column_sums(const floating* dy, const floating* x, const floati
 cdef void backward_block(const floating* dy, const floating* x, const floating* weight, const floating* mean,
                          const floating* rstd, floating* dx, floating* dweight, floating* dbias, Py_ssize_t N,
                          Py_ssize_t C) noexcept nogil:
-    """dx, and the block's partial sums dweight, dbias (C,): inverts the row loop of forward_block.
-
-    With n = (x - m) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)). The partial sums go column by
-    column, in registers; the block's rows are still in the cache.
-    """
-    cdef Py_ssize_t i, j, full = C - C % LANES
-    cdef floating r, m, g_mean, gn_mean
-    for j in range(C // LANES):
-        column_sums(dy + j * LANES, x + j * LANES, mean, rstd, dweight + j * LANES,
-                    NULL if dbias is NULL else dbias + j * LANES, N, C, LANES)
-    if full < C:
-        column_sums(dy + full, x + full, mean, rstd, dweight + full, NULL if dbias is NULL else dbias + full, N, C,
-                    C - full)
+    """dx, and the block's partial sums dweight, dbias (C,): these column by column, in registers."""
+    cdef Py_ssize_t i, j, group
+    for group in range(C // LANES):
+        j = group * LANES
+        column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C, LANES)
+    if C % LANES > 0:
+        j = C - C % LANES
+        column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C, C - j)
     for i in range(N):
-        m = mean[i]
-        r = rstd[i]
-        row_products(dy, x, weight, m, r, C, &g_mean, &gn_mean)
-        g_mean /= <floating>C
-        gn_mean /= <floating>C
-        for j in range(C):
-            dx[j] = r * (dy[j] * weight[j] - g_mean - (x[j] - m) * r * gn_mean)
-        dy += C
-        x += C
-        dx += C
+        backward_row(dy + i * C, x + i * C, weight, mean[i], rstd[i], dx + i * C, C)
 
 
 cdef void combine_columns(const floating* partials, Py_ssize_t stride, Py_ssize_t n_partials, floating* out,
                           Py_ssize_t n, bint accumulate) noexcept nogil:
-    """out (n,) = the sum of n_partials rows, in order and in double: a long sum; n is at most COLUMN_BLOCK."""
+    """out (n,) = the sum of n_partials rows, in order, in double (a long sum); n is at most COLUMN_BLOCK."""
     cdef double total[COLUMN_BLOCK]
     cdef Py_ssize_t i, j
     for j in range(n):
@@ -161,23 +157,22 @@ cdef void combine_columns(const floating* partials, Py_ssize_t stride, Py_ssize_
         out[j] = <floating>total[j]
 
 
-cdef void combine(const floating* partials, Py_ssize_t stride, Py_ssize_t n_partials, floating* out, Py_ssize_t C,
-                  bint accumulate, int n_threads) noexcept nogil:
+cdef void combine(const floating* partials, Py_ssize_t stride, Py_ssize_t n_partials, floating* out,
+                  Py_ssize_t C, bint accumulate, int n_threads) noexcept nogil:
     cdef Py_ssize_t block, start
     for block in prange((C + COLUMN_BLOCK - 1) // COLUMN_BLOCK, num_threads=n_threads, schedule="static",
                         use_threads_if=n_threads > 1):
         start = block * COLUMN_BLOCK
-        combine_columns(partials + start, stride, n_partials, out + start, min(<Py_ssize_t>COLUMN_BLOCK, C - start),
-                        accumulate)
+        combine_columns(partials + start, stride, n_partials, out + start,
+                        min(<Py_ssize_t>COLUMN_BLOCK, C - start), accumulate)
 
 
 cdef void forward(const floating* x, const floating* weight, const floating* bias, double eps, floating* y,
                   floating* mean, floating* rstd, Py_ssize_t N, Py_ssize_t C, int n_threads) noexcept nogil:
     """x, y: (N, C); weight, bias (or NULL): (C,); mean, rstd: (N,)."""
-    cdef Py_ssize_t block, i
-    for block in prange(n_row_blocks(N), num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-        i = block * ROW_BLOCK
-        forward_block(x + i * C, weight, bias, eps, y + i * C, mean + i, rstd + i, min(<Py_ssize_t>ROW_BLOCK, N - i), C)
+    cdef Py_ssize_t i
+    for i in prange(N, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        forward_row(x + i * C, weight, bias, eps, y + i * C, mean + i, rstd + i, C)
 
 
 cdef void backward(const floating* dy, const floating* x, const floating* weight, const floating* mean,
@@ -200,19 +195,17 @@ cdef void backward(const floating* dy, const floating* x, const floating* weight
 def layer_norm_forward(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps, cnp.ndarray y,
                        cnp.ndarray mean, cnp.ndarray rstd, int n_threads):
     cdef Py_ssize_t N = cnp.PyArray_SIZE(mean), C = cnp.PyArray_SIZE(weight)
-    cdef void* b = NULL if bias is None else cnp.PyArray_DATA(bias)
+    cdef void* b = NULL if bias is None else data(bias)
     if N * C < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            forward(<float*>cnp.PyArray_DATA(x), <float*>cnp.PyArray_DATA(weight), <float*>b, eps,
-                    <float*>cnp.PyArray_DATA(y), <float*>cnp.PyArray_DATA(mean), <float*>cnp.PyArray_DATA(rstd),
-                    N, C, n_threads)
+            forward(<float*>data(x), <float*>data(weight), <float*>b, eps, <float*>data(y),
+                    <float*>data(mean), <float*>data(rstd), N, C, n_threads)
     else:
         with nogil:
-            forward(<double*>cnp.PyArray_DATA(x), <double*>cnp.PyArray_DATA(weight), <double*>b, eps,
-                    <double*>cnp.PyArray_DATA(y), <double*>cnp.PyArray_DATA(mean), <double*>cnp.PyArray_DATA(rstd),
-                    N, C, n_threads)
+            forward(<double*>data(x), <double*>data(weight), <double*>b, eps, <double*>data(y),
+                    <double*>data(mean), <double*>data(rstd), N, C, n_threads)
 
 
 def partials_shape(Py_ssize_t N, Py_ssize_t C):
@@ -224,18 +217,16 @@ def layer_norm_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray weight, cnp.n
                         cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray partials,
                         bint accumulate, int n_threads):
     cdef Py_ssize_t N = cnp.PyArray_SIZE(mean), C = cnp.PyArray_SIZE(weight)
-    cdef void* db = NULL if dbias is None else cnp.PyArray_DATA(dbias)
+    cdef void* db = NULL if dbias is None else data(dbias)
     if N * C < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            backward(<float*>cnp.PyArray_DATA(dy), <float*>cnp.PyArray_DATA(x), <float*>cnp.PyArray_DATA(weight),
-                     <float*>cnp.PyArray_DATA(mean), <float*>cnp.PyArray_DATA(rstd), <float*>cnp.PyArray_DATA(dx),
-                     <float*>cnp.PyArray_DATA(dweight), <float*>db, <float*>cnp.PyArray_DATA(partials), N, C,
-                     accumulate, n_threads)
+            backward(<float*>data(dy), <float*>data(x), <float*>data(weight), <float*>data(mean),
+                     <float*>data(rstd), <float*>data(dx), <float*>data(dweight), <float*>db,
+                     <float*>data(partials), N, C, accumulate, n_threads)
     else:
         with nogil:
-            backward(<double*>cnp.PyArray_DATA(dy), <double*>cnp.PyArray_DATA(x), <double*>cnp.PyArray_DATA(weight),
-                     <double*>cnp.PyArray_DATA(mean), <double*>cnp.PyArray_DATA(rstd), <double*>cnp.PyArray_DATA(dx),
-                     <double*>cnp.PyArray_DATA(dweight), <double*>db, <double*>cnp.PyArray_DATA(partials), N, C,
-                     accumulate, n_threads)
+            backward(<double*>data(dy), <double*>data(x), <double*>data(weight), <double*>data(mean),
+                     <double*>data(rstd), <double*>data(dx), <double*>data(dweight), <double*>db,
+                     <double*>data(partials), N, C, accumulate, n_threads)
