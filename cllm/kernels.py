@@ -109,7 +109,7 @@ def _integers(function, name, array):
     array = np.asarray(array)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name} is {array.dtype}, it must be an integer array")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.asarray(array, np.int64, order="C")
 
 
 def _check_out(function, out, shape, dtype, inputs, name="out"):
@@ -1012,12 +1012,13 @@ def _chunks(n_rows, n_classes):
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-def _check_head(function, x, weight, targets):
+def _check_head(function, x, weight, targets, ignore_index):
     _check_linear(function, x, weight)
     if x.ndim != 2 or targets.shape != x.shape[:1]:
         raise ValueError(
             f"{function}: x is {x.shape}, targets is {targets.shape}; they must be (N, C) and (N,)"
         )
+    _check_indices(function, "targets", targets, len(weight), ignore_index)  # all, before the first chunk
 
 
 def linear_cross_entropy_forward(x, weight, targets, *, ignore_index=-100, label_smoothing=0.0):
@@ -1040,7 +1041,7 @@ def linear_cross_entropy_forward(x, weight, targets, *, ignore_index=-100, label
     function = "linear_cross_entropy_forward"
     x, weight = _inputs(function, x=x, weight=weight)
     targets = _integers(function, "targets", targets)
-    _check_head(function, x, weight, targets)
+    _check_head(function, x, weight, targets, ignore_index)
     losses, lse = empty(targets.shape, x.dtype), empty(targets.shape, x.dtype)
     for rows in _chunks(len(x), len(weight)):
         cross_entropy_forward(
@@ -1076,7 +1077,7 @@ def linear_cross_entropy_backward(
     function = "linear_cross_entropy_backward"
     inputs = dlosses, x, weight, lse = _inputs(function, dlosses=dlosses, x=x, weight=weight, lse=lse)
     targets = _integers(function, "targets", targets)
-    _check_head(function, x, weight, targets)
+    _check_head(function, x, weight, targets, ignore_index)
     for name, array in (("dlosses", dlosses), ("lse", lse)):
         if array.shape != targets.shape:
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {targets.shape}")
