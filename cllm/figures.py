@@ -91,6 +91,7 @@ def loss_curves(runs):
 
     figure = Figure(figsize=(7.6, 6.4))
     loss_axes, lr_axes, norm_axes = figure.subplots(3, 1, sharex=True, height_ratios=[3.2, 1, 1])
+    faint = 0.3 / math.sqrt(sum(len(group) for _, group in groups))
     legend = []
     peaks = []
     for (label, group), marker in zip(groups, MARKERS):
@@ -98,13 +99,14 @@ def loss_curves(runs):
         legend.append(Line2D([], [], color=color, marker=marker, label=label))
         for run in group:
             raw = run.series("train", "loss")
-            loss_axes.plot(*raw, color=color, alpha=0.15, linewidth=0.6, rasterized=True)
+            loss_axes.plot(*raw, color=color, alpha=faint, linewidth=0.6, zorder=1, rasterized=True)
         steps, losses = _together(group, "train", "loss")
-        loss_axes.plot(steps, _smooth(losses.mean(0)), color=color, linewidth=1.3)
+        loss_axes.plot(steps, _smooth(losses.mean(0)), color=color, linewidth=1.3, zorder=3)
         steps, losses = _together(group, "val", "loss")
-        loss_axes.plot(steps, losses.mean(0), color=color, linestyle="--", marker=marker)
+        loss_axes.plot(steps, losses.mean(0), color=color, linestyle="--", marker=marker, zorder=4)
         if len(group) > 1:
-            loss_axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
+            low, high = losses.min(0), losses.max(0)
+            loss_axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, zorder=2)
         steps, lrs = _together(group, "train", "lr")
         lr_axes.plot(steps, lrs.mean(0), color=color)
         peaks.append(lrs.max(initial=0.0))
@@ -134,7 +136,7 @@ def loss_curves(runs):
     figure.align_ylabels()
     shown = f"best {len(groups)} of {n_settings} settings" if n_settings > len(groups) else ""
     seeds = f"{n_seeds} seeds each" if n_seeds > 1 else ""
-    loss_axes.set_title(", ".join(filter(None, ["Loss over training", shown, seeds])))
+    loss_axes.set_title(", ".join(filter(None, ["Loss over training", shown, seeds])), loc="left")
 
     gray = {"color": "0.4"}
     over_seeds = f":\nmean and range\nof {n_seeds} seeds" if n_seeds > 1 else ""
@@ -263,7 +265,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     title += spread if n_replicates > 1 else f", one {replicate}"
     if n_lines > len(lines):
         title += f"; best {len(lines)} of {n_lines} settings"
-    axes.set_title(title)
+    axes.set_title(title, loc="left")
     figure.legend(handles=legend, loc="outside lower center", ncols=2 if len(legend) > 3 else len(legend))
     return figure
 

@@ -851,13 +851,12 @@ def embedding_forward(tokens, weight, out=None):
         When tokens are not integers or weight is not float32 or float64.
     """
     function = "embedding_forward"
-    shape = np.shape(tokens)
     tokens = _integers(function, "tokens", tokens)
     (weight,) = _inputs(function, weight=weight)
     if weight.ndim != 2:
         raise ValueError(f"{function}: weight is {weight.shape}, it must be (V, C)")
     _check_indices(function, "tokens", tokens, len(weight))
-    out = _out(function, out, (*shape, weight.shape[1]), weight.dtype, (tokens, weight))
+    out = _out(function, out, (*tokens.shape, weight.shape[1]), weight.dtype, (tokens, weight))
     _embedding.embedding_forward(tokens, weight, out, _n_threads)
     return out
 
@@ -887,11 +886,12 @@ def embedding_backward(dy, tokens, n_rows, out=None, *, accumulate=False):
         As `embedding_forward`.
     """
     function = "embedding_backward"
-    shape = np.shape(tokens)
     tokens = _integers(function, "tokens", tokens)
     (dy,) = _inputs(function, dy=dy)
-    if dy.ndim != len(shape) + 1 or dy.shape[:-1] != shape:
-        raise ValueError(f"{function}: dy is {dy.shape}, tokens is {shape}; they must be (*tokens.shape, C)")
+    if dy.ndim != tokens.ndim + 1 or dy.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"{function}: dy is {dy.shape}, tokens is {tokens.shape}; they must be (*tokens.shape, C)"
+        )
     if accumulate and out is None:
         raise ValueError(f"{function}: accumulate=True needs an array in out")
     _check_indices(function, "tokens", tokens, n_rows)

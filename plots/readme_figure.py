@@ -16,12 +16,6 @@ parser.add_argument("sweep", nargs="?", default="runs/quickstart-sweep", help="t
 parser.add_argument("--out", default=Path(__file__).parent / "gallery" / "readme", help="path without suffix")
 options = parser.parse_args()
 
-runs = records.load(options.sweep)
-figure = figures.against(runs, "optim.lr", "val.loss", over="train.seed")
-example = runs[0].config
-figure.axes[0].set_title(
-    f"A GPT of {example['model.n_layer']} layers and {example['model.n_embd']} channels, "
-    f"{example['train.max_steps']} steps on Python's library: mean ± standard error"
-)
+figure = figures.against(records.load(options.sweep), "optim.lr", "val.loss", over="train.seed")
 for path in figures.save(figure, options.out):
     print(path)

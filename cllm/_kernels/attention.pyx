@@ -38,7 +38,7 @@ cdef extern from "math.h" nogil:
     const float INFINITY
 
 cdef enum:
-    LANES = 16                  # lanes of a row's maximum and sum, whatever the vector's width
+    LANES = 32                  # lanes of a row's maximum and sum, whatever the vector's width
     KEYS = 64                   # keys in a block of the backward pass: a multiple of every tile's width
     PAD = 16                    # row padding of score blocks: no rows 4 KB apart, room for whole lanes
 
