@@ -162,11 +162,11 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"cllm {cllm.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    def command(run, help, description, *examples, table=None):
+    def command(run, help, description, *examples, **options):
         name = run.__name__.removeprefix("_")
         epilog = "\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {e}" for e in examples)])
         sub = commands.add_parser(
-            name, help=help, description=textwrap.fill(description, 100), epilog=epilog, table=table
+            name, help=help, description=textwrap.fill(description, 100), epilog=epilog, **options
         )
         sub.set_defaults(run=run, parser=sub)
         return sub
@@ -187,6 +187,7 @@ def _parser():
         "The run goes to --run.dir, by default runs/CONFIG-N.",
         "cllm train",
         "cllm train char.toml --optim.lr 3e-3 --model.n-layer 6 --model.no-bias --run.dir runs/deeper",
+        usage="cllm train [CONFIG.toml] [--SECTION.KEY VALUE ...]",
         table=_config_table,
     )
     sub.add_argument("config", metavar="CONFIG.toml", nargs="?", help="a run's configuration")
@@ -198,6 +199,7 @@ def _parser():
         "A finished run is left as it is; --train.max-steps extends it.",
         "cllm resume runs/char",
         "cllm resume runs/char --train.max-steps 4000",
+        usage="cllm resume RUN [--train.KEY VALUE ...]",
     )
     sub.add_argument("directory", metavar="RUN", help="a run's directory")
 
@@ -208,6 +210,7 @@ def _parser():
         "Any key of the sweep's base is an option: --base.SECTION.KEY VALUE.",
         "cllm sweep experiments/lr_sweep.toml",
         "cllm sweep experiments/lr_sweep.toml --workers 2 --base.train.max-steps 100 --run.dir runs/trial",
+        usage="cllm sweep SWEEP.toml [--dry-run] [--workers N] [--run.dir DIR] [--base.SECTION.KEY X ...]",
     )
     sub.add_argument("file", metavar="SWEEP.toml", help="a sweep's configuration")
     sub.add_argument("--run.dir", dest="directory", metavar="DIR", help="the sweep's directory")
@@ -319,10 +322,10 @@ def _sweep(options):
             print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
         return 0
     try:
-        sweep.run(plan, directory, workers=options.workers)
+        summary = sweep.run(plan, directory, workers=options.workers)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command again continues the sweep", 130)
-    return 0
+    return 0 if summary["trials"]["finished"] else 1
 
 
 def _plot(options):

@@ -160,10 +160,11 @@ def _thousands(value):
 def _start_line(trainer):
     data, train = trainer.config.data, trainer.config.train
     verb = f"resuming at step {trainer.step}" if trainer.step else "training"
+    threads = f"{trainer.threads} thread{'s' * (trainer.threads > 1)}"
     return (
-        f"{verb}: {trainer.n_parameters / 1e6:.2f} M parameters on {data.source} "
+        f"{verb}: {_thousands(trainer.n_parameters)} parameters on {data.source} "
         f"({_thousands(len(trainer.text.train))} tokens, vocabulary {trainer.text.vocab_size}), "
-        f"{train.max_steps} steps of {trainer.tokens_per_step} tokens, {trainer.threads} threads, "
+        f"{train.max_steps} steps of {trainer.tokens_per_step} tokens, {threads}, "
         f"files in {trainer.run_dir}"
     )
 

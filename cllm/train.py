@@ -8,6 +8,7 @@ a run that was stopped and resumed has the same weights and records as one that 
 import json
 import math
 import platform
+import re
 import resource
 import signal
 import sys
@@ -35,6 +36,7 @@ __all__ = ["Trainer", "evaluate", "load", "load_text", "resume"]
 # Sequences of an evaluation's batch hold about this many tokens: enough for the kernels to run at full
 # speed, and no more memory than a training step.
 EVALUATION_TOKENS = 1024
+SAMPLE_TOKENS = 120  # of them about this many characters are shown, runs of spaces as one:
 SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
 # What a resumed run may change: all else would make it another run.
@@ -117,8 +119,6 @@ class Trainer:
             self.run_dir = _next_directory(self.name)
             self.config = replace(self.config, run=configs.RunConfig(str(self.run_dir)))
         self._write_config()
-        tokenizer = json.dumps(self.text.tokenizer.to_dict(), ensure_ascii=False)
-        write_atomic(self.run_dir / "tokenizer.json", tokenizer + "\n")
 
     def _write_config(self):
         write_atomic(self.run_dir / "config.toml", configs.to_toml(configs.to_dict(self.config)))
@@ -141,6 +141,9 @@ class Trainer:
     def _run(self):
         """Train from the current step to the last; write the summary."""
         train = self.config.train
+        if self.step == 0:  # also when a run that has no checkpoint yet is resumed: its text may have changed
+            tokenizer = json.dumps(self.text.tokenizer.to_dict(), ensure_ascii=False)
+            write_atomic(self.run_dir / "tokenizer.json", tokenizer + "\n")
         shown = self.progress or progress.choose()
         shown.start(self)
         threads_before = kernels.get_num_threads()
@@ -170,7 +173,7 @@ class Trainer:
         return summary
 
     def _step(self, shown, interrupt):
-        """One update and whatever is due after it: evaluation, checkpoint, generated line."""
+        """One update and whatever is due after it: evaluation, generated line, checkpoint."""
         train = self.config.train
         record = self._update()
         self._log(record)
@@ -183,11 +186,12 @@ class Trainer:
                 self.best = {"step": self.step, "val_loss": record["loss"]}
             self._log(record)
             shown.evaluation(record)
-        if new_best or self._due(train.checkpoint_interval) or interrupt.is_set():
-            self._save()
         if train.sample_interval and self.step % train.sample_interval == 0:
             shown.sample(self.step, self._sample())
-        if interrupt.is_set():
+        interrupted = interrupt.is_set()
+        if new_best or self._due(train.checkpoint_interval) or interrupted:
+            self._save()
+        if interrupted:
             raise KeyboardInterrupt
 
     def _due(self, interval):
@@ -278,11 +282,12 @@ class Trainer:
         except InputError:  # a vocabulary without line ends
             prompt = self.text.train.array[:1]
         tokens = generate(
-            self.model, prompt, SAMPLE_LENGTH, temperature=SAMPLE_TEMPERATURE,
+            self.model, prompt, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE,
             seed=self.config.train.seed + self.step,
         )  # fmt: skip
         line = tokenizer.decode(np.ravel(tokens)[len(prompt) :])
-        return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in line)
+        line = "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in line)
+        return re.sub(" +", " ", line).strip()[:SAMPLE_LENGTH]
 
     def _summary(self, state, error):
         self.seconds = perf_counter() - self.began

@@ -12,6 +12,12 @@ atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import pytest  # noqa: E402
 
+import cllm  # noqa: E402
+
+# Subprocesses in other folders test the same package, installed or not.
+_root = os.path.dirname(os.path.dirname(cllm.__file__))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root, os.environ.get("PYTHONPATH"))))
+
 
 @pytest.fixture
 def text_file(tmp_path):

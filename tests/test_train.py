@@ -296,8 +296,10 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path, text_path):
     with pytest.raises(Killed):
         fit(tiny(text_path, tmp_path / "b"), callbacks=[kill_at(4)])
     assert not list((tmp_path / "b").glob("checkpoints/*"))
+    (tmp_path / "b" / "tokenizer.json").write_text("of another text")
     resume(tmp_path / "b", progress=Silent())
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    assert_same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, text_path, unstopped):
@@ -423,11 +425,11 @@ def test_plain_lines(tmp_path, text_path, capsys):
     config = tiny(text_path, tmp_path / "run", train__sample_interval=10)
     Trainer(config).fit()
     out = capsys.readouterr().out
-    assert re.search(r"^training: 0.03 M parameters on .*words.txt", out)
+    assert re.search(r"^training: [\d.]+k parameters on .*words.txt", out)
     assert len(re.findall(r"^step \d+/20: loss", out, re.M)) == 10
     assert len(re.findall(r"^step \d+: val loss", out, re.M)) == 2
     samples = re.findall(r"^step (?:10|20): (?!val)(.*)$", out, re.M)
-    assert len(samples) == 2 and all(len(line) == train.SAMPLE_LENGTH for line in samples)
+    assert len(samples) == 2 and all(20 < len(line) <= train.SAMPLE_LENGTH for line in samples)
     assert re.search(r"finished 20 steps: val loss .*peak memory \d+ MB.*next: cllm sample", out)
 
 
