@@ -23,7 +23,8 @@ HEADERS = [str(path) for path in sorted(Path("cllm/_kernels").glob("*.h"))]
 
 # -ffast-math and its parts that reorder sums or drop NaN checks stay out: they end "the same bits at
 # any thread count". These two only free the compiler from errno and from floating-point traps.
-FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-DCYTHON_WITHOUT_ASSERTIONS"]
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS += ["-DCYTHON_WITHOUT_ASSERTIONS"]  # the kernels' shape assertions: for debug builds
 if DEBUG:
     FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-ffp-contract=fast"]
 VARIANTS = {
@@ -46,10 +47,23 @@ DIRECTIVES = {
 }
 
 
+def mode_changed():
+    """Whether the tree was last built with other flags: files are compared by their times alone."""
+    stamp, mode = Path("build/mode"), f"{FLAGS} {DIRECTIVES}\n"
+    if stamp.exists() and stamp.read_text() == mode:
+        return False
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(mode)
+    return True
+
+
+FORCE = mode_changed()
+
+
 def extensions():
     """One extension for each core file, one for each kernel and instruction set."""
     sources = [Extension(".".join(path.with_suffix("").parts), [str(path)]) for path in CORE + KERNELS]
-    translated = cythonize(sources, build_dir="build/cython", compiler_directives=DIRECTIVES, quiet=True)
+    translated = cythonize(sources, build_dir="build/cython", compiler_directives=DIRECTIVES, force=FORCE)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     result = []
     for extension in translated:
@@ -85,22 +99,25 @@ class BuildKernels(build_ext):
     def finalize_options(self):
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
+        self.force = self.force or FORCE
 
     def build_extensions(self):
         openmp = next((pair for pair in OPENMP if self.works(*pair)), None)
         if openmp is None:
             self.warn("the C compiler has no OpenMP: the kernels are built without threads and run serially")
-        kept = []
+        kept, unknown = [], set()
         for extension in self.extensions:
             package = extension.name.split(".")
             march = [flag for flag in extension.extra_compile_args if flag.startswith("-m")]
             if march and not self.works(march, []):
-                self.warn(f"the C compiler does not know {march[0]}: {extension.name} is left out")
+                unknown.add(march[0])
                 continue
             if openmp is not None and package[1] == "_kernels":
                 extension.extra_compile_args += openmp[0]
                 extension.extra_link_args += openmp[1]
             kept.append(extension)
+        for flag in sorted(unknown):
+            self.warn(f"the C compiler does not know {flag}: the kernels for it are left out")
         self.extensions = kept
         super().build_extensions()
 

@@ -408,7 +408,7 @@ def _quickstart(options):
     settings = config.load(train_file, settings)
     rates, seeds, training = len(plan.settings), len(plan.config.seeds), settings.train
     print(
-        f"""CLLM quickstart, {"under a minute" if options.short else "about two minutes"} on two cores:
+        f"""CLLM quickstart, {"under a minute" if options.short else "about three minutes"} on two cores:
   1. sweep a tiny GPT over {rates} learning rates with {seeds} seeds each, on Python's own library
   2. draw the result
   3. train a larger GPT for {training.max_steps} steps, with a generated line every {training.sample_interval}
