@@ -18,7 +18,7 @@ test: $(VENV)/installed $(VENV)/extra-test
 	$(BIN)/python -m pytest
 
 parity: $(VENV)/installed $(VENV)/extra-test $(VENV)/extra-parity
-	$(BIN)/python -m pytest tests/test_parity.py
+	$(BIN)/python -m pytest -k torch
 
 lint: $(VENV)/extra-test
 	$(BIN)/ruff check .

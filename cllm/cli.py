@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import cllm
-from cllm.errors import InputError, nearest
+from cllm.errors import InputError, nearest, plain_notes
 
 __all__ = ["main"]
 
@@ -42,8 +42,11 @@ def main(argv=None):
     int
         Exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 when the reader of the output has gone.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a model may write what a terminal's encoding lacks: ? then
+        sys.stdout.reconfigure(errors="replace")
     try:
-        status = _dispatch(sys.argv[1:] if argv is None else list(argv))
+        with plain_notes():
+            status = _dispatch(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -358,12 +361,15 @@ def _continued(model, tokenizer, prompt, max_new_tokens, **choice):
 
     if not prompt:
         raise InputError("the prompt is empty, it must have at least one character")
-    tokens = generate(model, tokenizer.encode(prompt)[None], max_new_tokens, **choice)
+    given = tokenizer.encode(prompt)
+    if not len(given):  # white space where token ids are wanted
+        raise InputError(f"the prompt {prompt!r} has no token, it must have at least one")
+    tokens = generate(model, given[None], max_new_tokens, **choice)
     return tokenizer.decode(tokens[0])
 
 
 def _info(options):
-    from cllm import bench, data, kernels
+    from cllm import bench, kernels
 
     print(f"cllm {cllm.__version__}")
     isas = [f"{isa} (in use)" if isa == kernels.isa else isa for isa in kernels.available_isas]
@@ -374,11 +380,20 @@ def _info(options):
         ("instruction sets", ", ".join(isas)),
         ("OpenMP", "yes" if kernels.openmp else "no: the kernels run serially"),
         ("threads", cllm.get_num_threads()),
-        ("cache", data.cache.folder()),
+        ("cache", _cache_folder()),
     ]
     for label, text in rows:
         print(f"{label:17} {text}")
     return 0
+
+
+def _cache_folder():
+    from cllm.data import cache
+
+    try:
+        return cache.folder()
+    except OSError as error:
+        return f"none, since {error}: set CLLM_CACHE"
 
 
 def _bench(options):

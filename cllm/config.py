@@ -15,7 +15,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from cllm import optim
+from cllm import kernels, optim
 from cllm.data import DataConfig
 from cllm.errors import InputError, nearest
 from cllm.gpt import GPTConfig
@@ -66,6 +66,8 @@ class TrainConfig:
         for name in ("eval_interval", "sample_interval", "checkpoint_interval", "seed", "threads"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be 0 or more")
+        if self.threads > kernels.MAX_THREADS:
+            raise InputError(f"threads is {self.threads}, it must be at most {kernels.MAX_THREADS}")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}, it must be below 2**63")
 

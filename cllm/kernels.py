@@ -8,6 +8,7 @@ thread count. Letters: B batch size, T sequence length, C channels, H heads, D h
 """
 
 import math
+import numbers
 import os
 
 import numpy as np
@@ -45,6 +46,11 @@ def _cores():
 
 
 _n_threads = _cores()
+_forked = False
+
+
+# With some ten thousand threads a process dies in OpenMP without a word.
+MAX_THREADS = 1024
 
 
 def set_num_threads(n):
@@ -53,12 +59,12 @@ def set_num_threads(n):
     Parameters
     ----------
     n : int
-        At least 1. Results do not depend on it.
+        From 1 to `MAX_THREADS`; a forked child keeps to 1. Results do not depend on it.
     """
     global _n_threads
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f"set_num_threads: n is {n!r}, it must be an integer of at least 1")
-    _n_threads = int(n)
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"set_num_threads: n is {n!r}, it must be an integer from 1 to {MAX_THREADS}")
+    _n_threads = 1 if _forked else int(n)
 
 
 def get_num_threads():
@@ -66,16 +72,40 @@ def get_num_threads():
     return _n_threads
 
 
+def _stay_serial():
+    """libgomp's pool does not survive a fork, and waiting for it would hang: the child stays serial."""
+    global _forked
+    _forked = True
+    set_num_threads(1)
+
+
 if hasattr(os, "register_at_fork"):
-    # libgomp's pool does not survive a fork: a forked child runs the kernels serially.
-    os.register_at_fork(after_in_child=lambda: set_num_threads(1))
+    os.register_at_fork(after_in_child=_stay_serial)
 
 
 # Checks ----------------------------------------------------------------------------------------------
 
 
+_OPTIONAL = ("bias", "b1", "b2", "momentum_buffer", "v_max", "grad_avg")  # arguments that may be None
+
+
+def _kind(array):
+    """What a message calls an array of a wrong dtype."""
+    return "None" if array.dtype == object and array.ndim == 0 and array[()] is None else str(array.dtype)
+
+
+def _array(function, name, array):
+    """The argument as an array."""
+    if type(array) is np.ndarray:
+        return array
+    try:
+        return np.asarray(array)
+    except ValueError:
+        raise ValueError(f"{function}: {name} is a ragged list, its rows must have one length") from None
+
+
 def _inputs(function, **arrays):
-    """The arrays, C-contiguous and of one float dtype; None stays None.
+    """The arrays, C-contiguous, aligned and of one float dtype; None stays None where it is allowed.
 
     Raises
     ------
@@ -85,14 +115,13 @@ def _inputs(function, **arrays):
     first = None
     result = []
     for name, array in arrays.items():
-        if array is None:
+        if array is None and name in _OPTIONAL:
             result.append(None)
             continue
-        if type(array) is not np.ndarray:
-            array = np.asarray(array)
+        array = _array(function, name, array)
         dtype = array.dtype
         if dtype not in _FLOATS:
-            raise TypeError(f"{function}: {name} is {dtype}, it must be float32 or float64")
+            raise TypeError(f"{function}: {name} is {_kind(array)}, it must be float32 or float64")
         if first is None:
             first = (name, dtype)
         elif dtype != first[1]:
@@ -105,11 +134,35 @@ def _inputs(function, **arrays):
 
 
 def _integers(function, name, array):
-    """The array as C-contiguous int64."""
-    array = np.asarray(array)
+    """The array as C-contiguous, aligned int64."""
+    array = _array(function, name, array)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{function}: {name} is {array.dtype}, it must be an integer array")
-    return np.asarray(array, np.int64, order="C")
+        raise TypeError(f"{function}: {name} is {_kind(array)}, it must be an integer array")
+    if array.dtype.kind == "u" and array.max(initial=0) >= 2**63:
+        raise ValueError(f"{function}: {name} has {array.max()}, it must be below 2**63")
+    flags = array.flags
+    if array.dtype == np.int64 and flags.c_contiguous and flags.aligned:
+        return array
+    return np.array(array, np.int64, order="C")
+
+
+def _check_real(function, **values):
+    """Raise unless each value is a real number."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{function}: {name} is {value!r}, it must be a number")
+
+
+def _check_whole(function, name, value, low, high, allowed):
+    """Raise unless the value is an integer in [low, high), which `allowed` says in words."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {name} is {value!r}, it must be an integer")
+    if not low <= value < high:
+        raise ValueError(f"{function}: {name} is {value}, it must be {allowed}")
+
+
+def _check_key(function, key):
+    _check_whole(function, "key", key, 0, 2**64, "in [0, 2**64)")
 
 
 def _check_out(function, out, shape, dtype, inputs, name="out"):
@@ -122,11 +175,17 @@ def _check_out(function, out, shape, dtype, inputs, name="out"):
         raise TypeError(f"{function}: {name} is {out.dtype}, it must be {dtype}")
     if not out.flags.c_contiguous:
         raise ValueError(f"{function}: {name} is strided, it must be C-contiguous")
+    if not out.flags.aligned:
+        raise ValueError(
+            f"{function}: {name} is misaligned, its address must be a multiple of {out.itemsize}"
+        )
     if not out.flags.writeable:
         raise ValueError(f"{function}: {name} is read-only, it must be writable")
     for array in inputs:
         if array is not None and np.may_share_memory(out, array):
-            raise ValueError(f"{function}: {name} overlaps an input, it must have its own memory")
+            raise ValueError(
+                f"{function}: {name} overlaps an input or another output, it must have its own memory"
+            )
 
 
 def _out(function, out, shape, dtype, inputs, name="out"):
@@ -137,12 +196,18 @@ def _out(function, out, shape, dtype, inputs, name="out"):
     return out
 
 
-def _outs(function, out, names, shapes, dtype, inputs):
-    """As `_out` for several results: `out` is None or a tuple with an array or None for each."""
+def _outs(function, out, names, shapes, dtype, inputs, added=()):
+    """As `_out` for several results: `out` is None or a tuple with an array or None for each.
+
+    `added` names the results that are added to what `out` holds: these must not be None.
+    """
     if out is None:
         out = (None,) * len(names)
     elif not isinstance(out, (tuple, list)) or len(out) != len(names):
         raise TypeError(f"{function}: out must be a tuple of {len(names)} arrays ({', '.join(names)})")
+    if any(array is None and name in added for name, array in zip(names, out)):
+        arrays = "arrays" if len(added) > 1 else "an array"
+        raise ValueError(f"{function}: accumulate=True needs {arrays} for {' and '.join(added)} in out")
     for i, array in enumerate(out):
         if array is not None:
             others = [other for other in out[:i] if other is not None]
@@ -230,21 +295,26 @@ def linear_backward(dy, x, weight, *, bias=True, out=None, accumulate=False):
     """
     inputs = dy, x, weight = _inputs("linear_backward", dy=dy, x=x, weight=weight)
     _check_linear("linear_backward", x, weight)
-    n_out, n_in = weight.shape
+    n_out = len(weight)
     if dy.shape != (*x.shape[:-1], n_out):
         raise ValueError(f"linear_backward: dy is {dy.shape}, it must be {(*x.shape[:-1], n_out)}")
-    if accumulate and (out is None or out[1] is None or (bias and out[2] is None)):
-        raise ValueError("linear_backward: accumulate=True needs arrays for dweight and dbias in out")
     names, shapes = ("dx", "dweight", "dbias"), (x.shape, weight.shape, (n_out,))
-    dx, dweight, dbias = _outs("linear_backward", out, names, shapes, x.dtype, inputs)
+    added = () if not accumulate else names[1:] if bias else names[1:2]
+    dx, dweight, dbias = _outs("linear_backward", out, names, shapes, x.dtype, inputs, added)
+    dbias = dbias if bias else None
+    _linear_gradients(dy, x, weight, dx, dweight, dbias, accumulate)
+    return dx, dweight, dbias
+
+
+def _linear_gradients(dy, x, weight, dx, dweight, dbias, accumulate):
+    """`linear_backward` on checked arrays; dbias may be None."""
+    n_out, n_in = weight.shape
     n = _rows(x)
     dy, x = dy.reshape(n, n_out), x.reshape(n, n_in)
     _gemm.linear_backward_input(dy, weight, dx.reshape(n, n_in), _n_threads)
     _gemm.linear_backward_weight(dy, x, dweight, accumulate, _n_threads)
-    if not bias:
-        return dx, dweight, None
-    _gemm.column_sums(dy, dbias, accumulate, _n_threads)
-    return dx, dweight, dbias
+    if dbias is not None:
+        _gemm.column_sums(dy, dbias, accumulate, _n_threads)
 
 
 def _strided_matrices(x, batch):
@@ -282,9 +352,9 @@ def matmul(a, b, out=None):
     TypeError
         When dtypes are mixed or not float32 or float64.
     """
-    a, b = np.asarray(a), np.asarray(b)
+    a, b = _array("matmul", "a", a), _array("matmul", "b", b)
     if a.dtype not in _FLOATS or a.dtype != b.dtype:
-        raise TypeError(f"matmul: a is {a.dtype}, b is {b.dtype}; both must be float32 or both float64")
+        raise TypeError(f"matmul: a is {_kind(a)}, b is {_kind(b)}; both must be float32 or both float64")
     wrong = f"matmul: a is {a.shape}, b is {b.shape}; they must be (..., M, K) and (..., K, N)"
     if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
         raise ValueError(wrong)
@@ -319,14 +389,29 @@ def _heads(function, name, x):
     return x
 
 
-def _attention_inputs(function, scale, dropout_p, **arrays):
+def _scale(function, scale, head_size):
+    """The factor of the scores, 1/sqrt(head size) when None."""
+    if scale is None:
+        return max(head_size, 1) ** -0.5
+    _check_real(function, scale=scale)
+    return float(scale)
+
+
+def _check_attention_dropout(function, dropout_p, key):
+    _check_real(function, dropout_p=dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
+    _check_key(function, key)
+
+
+def _attention_inputs(function, scale, dropout_p, key, **arrays):
     """The arrays as heads of one dtype and fitting shapes, and the scale."""
-    dtype = np.asarray(arrays["q"]).dtype
+    dtype = _array(function, "q", arrays["q"]).dtype
     heads = []
     for name, x in arrays.items():
-        x = np.asarray(x)
+        x = _array(function, name, x)
         if x.dtype not in _FLOATS:
-            raise TypeError(f"{function}: {name} is {x.dtype}, it must be float32 or float64")
+            raise TypeError(f"{function}: {name} is {_kind(x)}, it must be float32 or float64")
         if x.dtype != dtype:
             raise TypeError(f"{function}: {name} is {x.dtype} but q is {dtype}; all must have one dtype")
         heads.append(_heads(function, name, x))
@@ -338,11 +423,8 @@ def _attention_inputs(function, scale, dropout_p, **arrays):
             raise ValueError(
                 f"{function}: {name} is {shape}, it must be {wanted[name]}, since q is {q} and k is {k}"
             )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
-    if scale is None:
-        scale = q[3] ** -0.5 if q[3] else 1.0
-    return [*heads, float(scale)]
+    _check_attention_dropout(function, dropout_p, key)
+    return [*heads, _scale(function, scale, q[3])]
 
 
 def attention_forward(q, k, v, is_causal=False, scale=None, out=None, *, dropout_p=0.0, key=0):
@@ -381,8 +463,8 @@ def attention_forward(q, k, v, is_causal=False, scale=None, out=None, *, dropout
     -----
     Memory grows linearly with T and S: the (T, S) matrix is never stored.
     """
-    q, k, v, scale = _attention_inputs("attention_forward", scale, dropout_p, q=q, k=k, v=v)
-    if k.shape[2] == 0 and q.size:
+    q, k, v, scale = _attention_inputs("attention_forward", scale, dropout_p, key, q=q, k=k, v=v)
+    if k.shape[2] == 0 and math.prod(q.shape[:3]):
         raise ValueError(f"attention_forward: k is {k.shape}, it must have at least one key")
     shapes = (q.shape, q.shape[:3])
     out, lse = _outs("attention_forward", out, ("out", "lse"), shapes, q.dtype, (q, k, v))
@@ -422,7 +504,7 @@ def attention_backward(
     """
     function = "attention_backward"
     q, k, v, out, dout, scale = _attention_inputs(
-        function, scale, dropout_p, q=q, k=k, v=v, out=out, dout=dout
+        function, scale, dropout_p, key, q=q, k=k, v=v, out=out, dout=dout
     )
     (lse,) = _inputs(function, lse=lse)
     if lse.shape != q.shape[:3] or lse.dtype != q.dtype:
@@ -446,13 +528,13 @@ def _split_heads(x, n_head, parts=1):
     return x.reshape(B, T, parts, n_head, C // parts // n_head).transpose(2, 0, 3, 1, 4)
 
 
-def _check_packed(function, qkv, n_head, dropout_p):
-    if qkv.ndim != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+def _check_packed(function, qkv, n_head, dropout_p, key):
+    _check_whole(function, "n_head", n_head, 1, math.inf, "at least 1")
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
         raise ValueError(
             f"{function}: qkv is {qkv.shape}, it must be (B, T, 3 C) with C divisible by {n_head} heads"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{function}: dropout_p is {dropout_p}, it must be in [0, 1)")
+    _check_attention_dropout(function, dropout_p, key)
 
 
 def packed_attention_forward(qkv, n_head, *, is_causal=True, scale=None, dropout_p=0.0, key=0):
@@ -473,12 +555,12 @@ def packed_attention_forward(qkv, n_head, *, is_causal=True, scale=None, dropout
     lse : (B, H, T) array
     """
     (qkv,) = _inputs("packed_attention_forward", qkv=qkv)
-    _check_packed("packed_attention_forward", qkv, n_head, dropout_p)
+    _check_packed("packed_attention_forward", qkv, n_head, dropout_p, key)
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    scale = _scale("packed_attention_forward", scale, C // n_head)
     out, lse = empty((B, T, C), qkv.dtype), empty((B, n_head, T), qkv.dtype)
-    if out.size:
+    if lse.size:
         q, k, v = _split_heads(qkv, n_head, 3)
-        scale = (C // n_head) ** -0.5 if scale is None else float(scale)
         heads = _split_heads(out, n_head)[0]
         _attention.attention_forward(q, k, v, heads, lse, is_causal, scale, dropout_p, key, _n_threads)
     return out, lse
@@ -503,7 +585,7 @@ def packed_attention_backward(
     """
     function = "packed_attention_backward"
     dout, qkv, out, lse = _inputs(function, dout=dout, qkv=qkv, out=out, lse=lse)
-    _check_packed(function, qkv, n_head, dropout_p)
+    _check_packed(function, qkv, n_head, dropout_p, key)
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     for name, array, shape in (
         ("dout", dout, (B, T, C)),
@@ -512,11 +594,11 @@ def packed_attention_backward(
     ):
         if array.shape != shape:
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {shape}")
+    scale = _scale(function, scale, C // n_head)
     dqkv = empty(qkv.shape, qkv.dtype)
     if out.size:
         q, k, v = _split_heads(qkv, n_head, 3)
         dq, dk, dv = _split_heads(dqkv, n_head, 3)
-        scale = (C // n_head) ** -0.5 if scale is None else float(scale)
         _attention.attention_backward(
             _split_heads(dout, n_head)[0], q, k, v, _split_heads(out, n_head)[0], lse, dq, dk, dv,
             is_causal, scale, dropout_p, key, _n_threads,
@@ -525,6 +607,14 @@ def packed_attention_backward(
 
 
 # GELU feed-forward -----------------------------------------------------------------------------------
+
+
+def _check_feed_forward_shapes(function, x, w1, w2):
+    if w1.ndim != 2 or w2.ndim != 2 or len(w1) != w2.shape[1] or x.shape[-1:] != w1.shape[1:]:
+        raise ValueError(
+            f"{function}: x is {x.shape}, w1 is {w1.shape}, w2 is {w2.shape}; "
+            "they must be (..., C), (F, C) and (O, F)"
+        )
 
 
 def feed_forward_forward(x, w1, b1, w2, b2, approximate="tanh"):
@@ -546,6 +636,12 @@ def feed_forward_forward(x, w1, b1, w2, b2, approximate="tanh"):
     pre : (..., F) array
         x w1^T + b1, which the backward pass needs; GELU's output is computed again there.
     """
+    function = "feed_forward_forward"
+    x, w1, b1, w2, b2 = _inputs(function, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _check_feed_forward_shapes(function, x, w1, w2)
+    for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{function}: {name} is {bias.shape}, it must be {weight.shape[:1]}")
     pre = linear_forward(x, w1, b1)
     return linear_forward(gelu_forward(pre, approximate), w2, b2), pre
 
@@ -570,15 +666,22 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
     dx : (..., C) array
     dw1, db1, dw2, db2 : arrays of the parameters' shapes
     """
-    out = (None,) * 5 if out is None else out
-    hidden = gelu_forward(pre, approximate)
-    dhidden, dw2, db2 = linear_backward(
-        dy, hidden, w2, bias=bias, out=(None, out[3], out[4]), accumulate=accumulate
-    )
+    function = "feed_forward_backward"
+    inputs = dy, x, pre, w1, w2 = _inputs(function, dy=dy, x=x, pre=pre, w1=w1, w2=w2)
+    _check_feed_forward_shapes(function, x, w1, w2)
+    for name, array, n in (("dy", dy, len(w2)), ("pre", pre, len(w1))):
+        if array.shape != (*x.shape[:-1], n):
+            raise ValueError(f"{function}: {name} is {array.shape}, it must be {(*x.shape[:-1], n)}")
+    names = ("dx", "dw1", "db1", "dw2", "db2")
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    added = () if not accumulate else names[1:] if bias else names[1::2]
+    dx, dw1, db1, dw2, db2 = _outs(function, out, names, shapes, x.dtype, inputs, added)
+    if not bias:
+        db1 = db2 = None
+    hidden, dhidden = gelu_forward(pre, approximate), empty(pre.shape, pre.dtype)
+    _linear_gradients(dy, hidden, w2, dhidden, dw2, db2, accumulate)
     dpre = gelu_backward(dhidden, pre, approximate, out=hidden)
-    dx, dw1, db1 = linear_backward(
-        dpre, x, w1, bias=bias, out=(out[0], out[1], out[2]), accumulate=accumulate
-    )
+    _linear_gradients(dpre, x, w1, dx, dw1, db1, accumulate)
     return dx, dw1, db1, dw2, db2
 
 
@@ -653,10 +756,10 @@ def gelu_backward(dy, x, approximate="tanh", out=None):
 
 def _dropout(function, name, x, p, key, out):
     inputs = (x,) = _inputs(function, **{name: x})
+    _check_real(function, p=p)
     if not 0 <= p <= 1:
         raise ValueError(f"{function}: p is {p}, it must be in [0, 1]")
-    if not 0 <= key < 2**64:
-        raise ValueError(f"{function}: key is {key}, it must be in [0, 2**64)")
+    _check_key(function, key)
     out = _out(function, out, x.shape, x.dtype, inputs)
     limit = max(math.ceil((1 - p) * 2**32) - 1, 0)  # the largest hash that keeps an element
     _elementwise.dropout(x, out, key, limit, 1 / (1 - p) if p < 1 else 0.0, _n_threads)
@@ -755,6 +858,7 @@ def layer_norm_forward(x, weight, bias, eps=1e-5, out=None):
     function = "layer_norm_forward"
     inputs = x, weight, bias = _inputs(function, x=x, weight=weight, bias=bias)
     _check_norm(function, x, weight, bias)
+    _check_real(function, eps=eps)
     if not eps >= 0:
         raise ValueError(f"{function}: eps is {eps}, it must be at least 0")
     shapes = x.shape, x.shape[:-1], x.shape[:-1]
@@ -800,10 +904,9 @@ def layer_norm_backward(dy, x, weight, mean, rstd, *, bias=True, out=None, accum
     for name, array, shape in (("dy", dy, x.shape), ("mean", mean, rows), ("rstd", rstd, rows)):
         if array.shape != shape:
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {shape}")
-    if accumulate and (out is None or out[1] is None or (bias and out[2] is None)):
-        raise ValueError(f"{function}: accumulate=True needs arrays for dweight and dbias in out")
-    shapes = x.shape, weight.shape, weight.shape
-    dx, dweight, dbias = _outs(function, out, ("dx", "dweight", "dbias"), shapes, x.dtype, inputs)
+    names, shapes = ("dx", "dweight", "dbias"), (x.shape, weight.shape, weight.shape)
+    added = () if not accumulate else names[1:] if bias else names[1:2]
+    dx, dweight, dbias = _outs(function, out, names, shapes, x.dtype, inputs, added)
     dbias = dbias if bias else None
     partials = empty(_norm.partials_shape(mean.size, weight.size), x.dtype)
     _norm.layer_norm_backward(
@@ -894,6 +997,7 @@ def embedding_backward(dy, tokens, n_rows, out=None, *, accumulate=False):
         )
     if accumulate and out is None:
         raise ValueError(f"{function}: accumulate=True needs an array in out")
+    _check_whole(function, "n_rows", n_rows, 0, math.inf, "at least 0")
     _check_indices(function, "tokens", tokens, n_rows)
     out = _out(function, out, (n_rows, dy.shape[-1]), dy.dtype, (dy, tokens))
     lists = empty((n_rows + tokens.size,), np.int64)
@@ -910,9 +1014,15 @@ def _check_losses(function, logits, targets, ignore_index, label_smoothing):
         raise ValueError(f"{shapes}; they must be (N, V), (N,)")
     if not logits.shape[1]:
         raise ValueError(f"{shapes}; V must be at least 1")
+    _check_targets(function, targets, logits.shape[1], ignore_index, label_smoothing)
+
+
+def _check_targets(function, targets, n_classes, ignore_index, label_smoothing):
+    _check_real(function, label_smoothing=label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{function}: label_smoothing is {label_smoothing}, it must be in [0, 1]")
-    _check_indices(function, "targets", targets, logits.shape[1], ignore_index)
+    _check_whole(function, "ignore_index", ignore_index, -(2**63), 2**63, "in [-2**63, 2**63)")
+    _check_indices(function, "targets", targets, n_classes, ignore_index)
 
 
 def cross_entropy_forward(logits, targets, *, ignore_index=-100, label_smoothing=0.0, out=None):
@@ -1012,13 +1122,16 @@ def _chunks(n_rows, n_classes):
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-def _check_head(function, x, weight, targets, ignore_index):
+def _check_head(function, x, weight, targets, ignore_index, label_smoothing):
     _check_linear(function, x, weight)
+    if not len(weight):
+        raise ValueError(f"{function}: weight is {weight.shape}, V must be at least 1")
     if x.ndim != 2 or targets.shape != x.shape[:1]:
         raise ValueError(
             f"{function}: x is {x.shape}, targets is {targets.shape}; they must be (N, C) and (N,)"
         )
-    _check_indices(function, "targets", targets, len(weight), ignore_index)  # all, before the first chunk
+    # all targets, before the first chunk
+    _check_targets(function, targets, len(weight), ignore_index, label_smoothing)
 
 
 def linear_cross_entropy_forward(x, weight, targets, *, ignore_index=-100, label_smoothing=0.0):
@@ -1041,7 +1154,7 @@ def linear_cross_entropy_forward(x, weight, targets, *, ignore_index=-100, label
     function = "linear_cross_entropy_forward"
     x, weight = _inputs(function, x=x, weight=weight)
     targets = _integers(function, "targets", targets)
-    _check_head(function, x, weight, targets, ignore_index)
+    _check_head(function, x, weight, targets, ignore_index, label_smoothing)
     losses, lse = empty(targets.shape, x.dtype), empty(targets.shape, x.dtype)
     for rows in _chunks(len(x), len(weight)):
         cross_entropy_forward(
@@ -1077,13 +1190,12 @@ def linear_cross_entropy_backward(
     function = "linear_cross_entropy_backward"
     inputs = dlosses, x, weight, lse = _inputs(function, dlosses=dlosses, x=x, weight=weight, lse=lse)
     targets = _integers(function, "targets", targets)
-    _check_head(function, x, weight, targets, ignore_index)
+    _check_head(function, x, weight, targets, ignore_index, label_smoothing)
     for name, array in (("dlosses", dlosses), ("lse", lse)):
         if array.shape != targets.shape:
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {targets.shape}")
-    if accumulate and (out is None or out[1] is None):
-        raise ValueError(f"{function}: accumulate=True needs an array for dweight in out")
-    dx, dweight = _outs(function, out, ("dx", "dweight"), (x.shape, weight.shape), x.dtype, inputs)
+    names, shapes, added = ("dx", "dweight"), (x.shape, weight.shape), ("dweight",) if accumulate else ()
+    dx, dweight = _outs(function, out, names, shapes, x.dtype, inputs, added)
     if not len(x) and not accumulate:
         dweight[...] = 0
     for rows in _chunks(len(x), len(weight)):
@@ -1106,7 +1218,7 @@ def _updated(function, param, grad, **state):
     _require(grad.shape == np.shape(param), function, f"grad is {grad.shape}, param is {np.shape(param)}")
     seen = [grad]
     for name, array in {"param": param, **state}.items():
-        if array is not None:
+        if array is not None or name not in _OPTIONAL:
             _check_out(function, array, grad.shape, grad.dtype, seen, name)
             seen.append(array)
     return grad
@@ -1114,6 +1226,7 @@ def _updated(function, param, grad, **state):
 
 def _check_scalars(function, fractions=(), **values):
     """Raise unless each value is finite and not negative, each of `fractions` below 1, and eps above 0."""
+    _check_real(function, **values)
     for name, value in values.items():
         if not 0 <= value < np.inf:  # also catches NaN
             raise ValueError(f"{function}: {name} is {value}, it must be a finite number of at least 0")
@@ -1121,6 +1234,13 @@ def _check_scalars(function, fractions=(), **values):
             raise ValueError(f"{function}: {name} is {value}, it must be below 1")
         if name == "eps" and value == 0:  # 0 / 0 where a gradient has always been zero
             raise ValueError(f"{function}: eps is {value}, it must be above 0")
+
+
+def _check_eps(function, eps, dtype):
+    """Raise when eps vanishes in the arrays' dtype, which would let 0 / 0 in."""
+    tiny = np.finfo(dtype).tiny
+    if eps < tiny:
+        raise ValueError(f"{function}: eps is {eps}, it must be at least {tiny} in {dtype}")
 
 
 def sgd_update(
@@ -1159,6 +1279,7 @@ def sgd_update(
     learning", ICML 2013, in the form that PyTorch uses.
     """
     _check_scalars("sgd_update", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    _check_real("sgd_update", dampening=dampening)
     _require(np.isfinite(dampening), "sgd_update", f"dampening is {dampening}, it must be finite")
     if (momentum_buffer is None) != (momentum == 0):
         raise ValueError(
@@ -1230,12 +1351,16 @@ def adamw_update(
 
 
 def _adam(function, param, grad, m, v, step, lr, betas, eps, weight_decay, v_max, maximize, decoupled):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{function}: betas is {betas!r}, it must be a tuple of two numbers")
     beta1, beta2 = betas
+    _check_real(function, step=step)
     _check_scalars(
         function, ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
     )
     _require(step >= 1, function, f"step is {step}, it must be at least 1")
     grad = _updated(function, param, grad, m=m, v=v, v_max=v_max)
+    _check_eps(function, eps, grad.dtype)
     _optimizers.adam(
         param, grad, m, v, v_max, -1.0 if maximize else 1.0, lr / (1 - beta1**step), beta1, beta2,
         (1 - beta2**step) ** -0.5, eps, 1 - lr * weight_decay if decoupled else 1.0,
@@ -1291,6 +1416,7 @@ def rmsprop_update(
             f"{'None' if momentum == 0 else 'an array like param'}"
         )
     grad = _updated(function, param, grad, v=v, momentum_buffer=momentum_buffer, grad_avg=grad_avg)
+    _check_eps(function, eps, grad.dtype)
     _optimizers.rmsprop(
         param, grad, v, grad_avg, momentum_buffer, -1.0 if maximize else 1.0, lr, alpha, eps, weight_decay,
         momentum, _n_threads,
@@ -1309,6 +1435,8 @@ def gap(a, b):
 
 def span(first, last):
     """The flat view from the start of `first` to the end of `last`, which a chain of neighbours joins."""
+    if first is not last and (first.base is not last.base or not isinstance(first.base, np.ndarray)):
+        raise ValueError("span: first and last must be views of one array")
     return _optimizers.span(first, last)
 
 
@@ -1342,6 +1470,7 @@ def scale_(x, factor):
     TypeError, ValueError
         When `x` cannot be changed in place.
     """
+    _check_real("scale_", factor=factor)
     (checked,) = _inputs("scale_", x=x)
     _check_out("scale_", x, checked.shape, checked.dtype, (), "x")
     _optimizers.scale(x, factor, _n_threads)

@@ -49,6 +49,10 @@ class Recorder:
         """Drop all records after `step`, atomically; the others stay byte for byte."""
         self._keep(lambda record: record["step"] <= step)
 
+    def sync(self):
+        """Push all records to the disk, so that they survive a crash of the machine."""
+        os.fsync(self._file.fileno())
+
     def close(self):
         self._file.close()
 

@@ -12,7 +12,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import traceback
@@ -25,7 +24,7 @@ from time import monotonic
 
 from cllm import config as configs
 from cllm import kernels, optim, records, train, verdict, watch
-from cllm.errors import InputError, nearest
+from cllm.errors import InputError, nearest, plain_notes
 from cllm.files import write_atomic
 from cllm.progress import Silent
 from cllm.verdict import text
@@ -91,8 +90,10 @@ class SweepConfig:
             raise InputError(f"sweep.seeds is {self.seeds!r}, it must be a list of integers of at least 0")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"sweep.seeds is {self.seeds}, each seed must be there once")
-        if not isinstance(self.objective, str) or not re.fullmatch(r"[^.\s]+\.\S+", self.objective):
-            raise InputError(f'sweep.objective is {self.objective!r}, it must be like "val.loss"')
+        known = [f"{split}.{metric}" for split, metrics in train.METRICS.items() for metric in metrics]
+        if self.objective not in known:
+            given = f"{self.objective!r}{nearest(self.objective, known)}"
+            raise InputError(f"sweep.objective is {given}, it must be one of {', '.join(known)}")
         if not _is_seed(self.threads) or self.threads < 1:
             raise InputError(f"sweep.threads is {self.threads!r}, it must be an integer of at least 1")
 
@@ -143,6 +144,9 @@ class Sweep:
             if key not in ("sweep", "base", "space", "prune", "confirm"):
                 hint = nearest(key, ("sweep", "base", "space"))
                 raise InputError(f"{path}: unknown key {key}{hint}; a sweep has sweep, base, space")
+        for key, value in nested.items():
+            if key != "space" and not isinstance(value, dict):
+                raise InputError(f"{path}: {key} is {value!r}, it must be a section: [{key}]")
         base, changes = dict(nested.get("base", {})), dict(nested.get("sweep", {}))
         for key, value in (overrides or {}).items():
             kind, _, rest = key.partition(".")
@@ -152,10 +156,16 @@ class Sweep:
             elif kind == "base" and dot:
                 base[section] = {**base.get(section, {}), name: value}
             else:
-                raise InputError(f"{key} is not a key of a sweep; its trials' keys are base.{key}")
+                raise InputError(f"{key} is not a key of a sweep; its trials' keys are base.SECTION.KEY")
         try:
-            sections = configs.read_toml(path.parent / changes.pop("base")) if changes.get("base") else {}
-            sections = {**sections}
+            file = changes.pop("base", "")
+            if not isinstance(file, str):
+                raise InputError(f"sweep.base is {file!r}, it must be the path of a config file")
+            sections = configs.read_toml(path.parent / file) if file else {}
+            for where, part in (("", sections), ("base.", base)):
+                for section, values in part.items():
+                    if not isinstance(values, dict):
+                        raise InputError(f"{where}{section} is {values!r}, it must be a section")
             for section, values in base.items():
                 sections[section] = {**sections.get(section, {}), **values}
             _refuse_what_comes_later(nested, changes)
@@ -251,6 +261,8 @@ def _axis(keys, values):
         if name in ("train.seed", "train.threads", "run.dir"):
             instead = {"train.seed": "sweep.seeds", "train.threads": "sweep.threads"}.get(name, "--run.dir")
             raise InputError(f"{name} cannot be part of [[space]], use {instead}")
+        if name in configs.SECTIONS and not isinstance(values, dict):
+            raise InputError(f'"{name}" is a section, [[space]] needs its keys: "{name}.KEY"')
     if isinstance(values, dict):
         if {"low", "high"} & set(values):
             raise InputError(f'ranges are not supported so far: list the values, "{keys}" = [1e-3, 3e-3]')
@@ -341,7 +353,7 @@ def run(sweep, directory, workers=None, progress=None):
     todo = [trial for trial in trials if results[trial.name].state != "finished"]
     shown = progress or watch.choose()
     if todo:
-        _prepare_data(sweep, todo)
+        _prepare_data(sweep, todo, directory)
         directory.mkdir(parents=True, exist_ok=True)
     began = monotonic()
     with _locked(directory):
@@ -448,8 +460,9 @@ def _work(pipe, sweep, directory):
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while True:
-            pipe.send(_train(sweep, pipe.recv(), directory, _Report(pipe)))
+        with plain_notes():
+            while True:
+                pipe.send(_train(sweep, pipe.recv(), directory, _Report(pipe)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
 
@@ -522,15 +535,26 @@ def _stop(workers):
             worker.process.join()
 
 
-def _prepare_data(sweep, trials):
-    """Tokenise and cache each text once, before workers want it; check that blocks fit it."""
-    seen = []
-    for trial in trials:
+def _prepare_data(sweep, todo, directory):
+    """Tokenise and cache each text once, before workers want it; check that blocks fit it.
+
+    Trials on a text that has changed since the others ran would not compare with them: an InputError.
+    """
+    seen, hashes = [], {}
+    for trial in todo:
         config = sweep.trial_config(trial)
         needs = (config.data, config.model.block_size)
         if needs not in seen:
             seen.append(needs)
-            train.load_text(config)
+            hashes[config.data] = train.load_text(config).hash
+    for trial in sweep.trials():
+        summary = records.Run(directory / "trials" / trial.name).summary
+        source = sweep.trial_config(trial).data
+        if summary and source in hashes and summary.get("data_hash") != hashes[source]:
+            raise InputError(
+                f"{source.source} has changed since {trial.name} was trained on it; "
+                "to compare trials on the new text, choose another folder: --run.dir DIR"
+            )
 
 
 def _read(sweep, trial, directory):

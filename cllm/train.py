@@ -39,6 +39,8 @@ EVALUATION_TOKENS = 1024
 SAMPLE_TOKENS = 120  # of them about this many characters are shown, runs of spaces as one:
 SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
+#: What the records of each split have, next to "step" and "split"; a callback may add to it.
+METRICS = {"train": ("loss", "lr", "grad_norm", "tokens_per_s"), "val": ("loss", "perplexity", "seconds")}
 # What a resumed run may change: all else would make it another run.
 RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads")
 
@@ -53,6 +55,8 @@ class Trainer:
     Parameters
     ----------
     config : cllm.config.Config
+    task : None
+        For now None: language modelling on the configuration's text.
     callbacks : iterable of callables
         Each is called as ``f(trainer, record)`` before a record is written; it may add keys to the
         record, and set ``trainer.stop = True`` to end the run with this step.
@@ -67,7 +71,9 @@ class Trainer:
         The run's parts and the number of updates done; there once `fit` has begun.
     """
 
-    def __init__(self, config, *, callbacks=(), progress=None, name="run"):
+    def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run"):
+        if task is not None:
+            raise InputError("a task of one's own is not supported so far: leave out task")
         self.config = config
         self.callbacks = tuple(callbacks)
         self.progress = progress
@@ -144,10 +150,10 @@ class Trainer:
         if self.step == 0:  # also when a run that has no checkpoint yet is resumed: its text may have changed
             tokenizer = json.dumps(self.text.tokenizer.to_dict(), ensure_ascii=False)
             write_atomic(self.run_dir / "tokenizer.json", tokenizer + "\n")
+        self.recorder = records.Recorder(self.run_dir)
         shown = self.progress or progress.choose()
         shown.start(self)
         threads_before = kernels.get_num_threads()
-        self.recorder = records.Recorder(self.run_dir)
         self.began = perf_counter() - self.seconds
         state, error = "interrupted", None
         try:
@@ -271,6 +277,7 @@ class Trainer:
             "best": self.best,
             "seconds": self.seconds,
         }
+        self.recorder.sync()  # no crash may leave a checkpoint newer than the records
         checkpoints.save(self.run_dir, self.step, self.model.state_dict(), self.optimizer.arrays(), state)
         checkpoints.prune(self.run_dir)
 
@@ -280,7 +287,8 @@ class Trainer:
         try:
             prompt = tokenizer.encode("\n")
         except InputError:  # a vocabulary without line ends
-            prompt = self.text.train.array[:1]
+            prompt = ()
+        prompt = prompt if len(prompt) else self.text.train.array[:1]
         tokens = generate(
             self.model, prompt, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE,
             seed=self.config.train.seed + self.step,
@@ -297,6 +305,7 @@ class Trainer:
             "train_loss": self.train_loss,
             "val_loss": self.val_loss,
             "best": self.best,
+            "data_hash": self.text.hash,
             "parameters": self.n_parameters,
             "tokens": self.position * self.batch_size * self.config.model.block_size,
             "seconds": self.seconds,
@@ -378,9 +387,9 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
     config = configs.load(run_dir / "config.toml", overrides)
     summary_path = run_dir / "summary.json"
     if summary_path.exists() and config.train.max_steps == saved.train.max_steps:
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        if summary["state"] == "finished":
-            return summary
+        earlier = records.Run(run_dir)
+        if earlier.state == "finished":
+            return earlier.summary
     trainer = Trainer(config, callbacks=callbacks, progress=progress)
     trainer.run_dir = run_dir
     trainer._build()
@@ -465,6 +474,8 @@ def evaluate(model, tokens, batch_size=None):
 
 
 def _refuse_used(run_dir):
+    if (run_dir / "sweep.toml").exists():
+        raise InputError(f"{run_dir} holds a sweep; choose another run.dir")
     if any((run_dir / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
         raise InputError(
             f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 # Set before cllm is imported, so that workers and subprocesses inherit it; the user's cache stays untouched.
@@ -11,12 +12,20 @@ os.environ["CLLM_CACHE"] = _cache
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 import cllm  # noqa: E402
 
 # Subprocesses in other folders test the same package, installed or not.
 _root = os.path.dirname(os.path.dirname(cllm.__file__))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root, os.environ.get("PYTHONPATH"))))
+
+# A background job of a script inherits SIGINT as ignored; tests of Ctrl-C need it in their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture

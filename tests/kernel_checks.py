@@ -74,9 +74,10 @@ def read_only(x):
 
 
 def assert_reads_any_array(function, *arrays):
-    """The same bits from plain, read-only and strided inputs; the inputs stay as they were."""
+    """The same bits from plain, read-only, misaligned and strided inputs; the inputs stay as they were."""
     expected = function(*arrays)
     assert same_bits(function(*[read_only(x) for x in arrays]), expected)
+    assert same_bits(function(*[misaligned(x) for x in arrays]), expected)
     views = [strided(x) for x in arrays]
     assert same_bits(function(*views), expected)
     for view, x in zip(views, arrays):
@@ -103,6 +104,7 @@ def assert_refuses_bad_out(call, good, overlapping):
     other = np.float64 if good.dtype == np.float32 else np.float32
     cases = [
         (wide[..., ::2], ValueError, "is strided, it must be C-contiguous"),
+        (misaligned(good), ValueError, "is misaligned, its address must be a multiple of"),
         (frozen, ValueError, "is read-only, it must be writable"),
         (overlapping, ValueError, "overlaps an input"),
         (np.zeros((*good.shape, 1), good.dtype), ValueError, "it must be"),
@@ -114,3 +116,10 @@ def assert_refuses_bad_out(call, good, overlapping):
         with pytest.raises(kind, match=message):
             call(out)
         assert np.array_equal(before, np.array(out))
+
+
+def misaligned(x):
+    """x at an address that is no multiple of its item size."""
+    y = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
+    y[...] = x
+    return y

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,33 @@ def test_a_missing_instruction_set_is_one_sentence():
     assert_one_sentence((result.returncode, result.stdout, result.stderr), "x86-64-v9")
 
 
+def test_warnings_are_one_plain_line_each(cllm, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000012" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    status, _, err = cllm("sample", "run", "--prompt", "To", "--max-new-tokens", "3")
+    assert status == 0
+    assert re.fullmatch(r"cllm: note: passed over a damaged checkpoint: run/.* is damaged.*\n", err)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path / "file"))
+    words = ["--data.source", trained.parent / "plays.txt", "--run.dir", "other"]
+    status, _, err = cllm("train", *TINY, *words)
+    assert status == 0
+    assert re.fullmatch(r"cllm: note: the token cache cannot be written \(.*CLLM_CACHE.*\n", err)
+
+
+def test_without_a_home_folder(cllm, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CLLM_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    status, out, _ = cllm("info")
+    assert status == 0 and "none, since there is no home folder" in out
+    assert_one_sentence(cllm("train", "--data.source", "~no-such-user/text.txt"), "~no-such-user/text.txt")
+
+
 # Commands ----------------------------------------------------------------------------------------------
 
 
@@ -350,6 +378,22 @@ def test_ctrl_c_ends_with_130_and_the_resume_command(tmp_path, text_file):
     assert process.returncode == 130
     assert "cllm resume run" in output
     assert "Traceback" not in output
+
+
+def test_a_stream_that_cannot_write_a_character_gets_a_question_mark(tmp_path):
+    (tmp_path / "text.txt").write_text("grün\n" * 400, encoding="utf-8")
+    words = ["train", *TINY, "--data.source", "text.txt", "--run.dir", "grün"]
+    result = subprocess.run(
+        [sys.executable, "-m", "cllm", *words], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert "next: cllm sample gr?n" in result.stdout
+    words = ["sample", "grün", "--max-new-tokens", "60", "--temperature", "9"]
+    result = subprocess.run(
+        [sys.executable, "-m", "cllm", *words], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert "?" in result.stdout
 
 
 @pytest.mark.parametrize("words", [["info"], ["train", "--help"]])

@@ -196,6 +196,20 @@ def test_against_at_best_and_maximize(sweep_dir):
     assert star.get_xdata() == [worst]
 
 
+@pytest.mark.parametrize("goal, best", [("minimize", 2.0), ("maximize", 3.0)])
+def test_against_takes_each_runs_best_record(tmp_path, goal, best):
+    write_run(tmp_path / "run", {"optim.lr": 1e-3, "train.seed": 0}, 2.2)
+    with records.Recorder(tmp_path / "run") as recorder:
+        recorder.truncate(0)
+        recorder.write({"step": 1, "split": "train", "loss": 4.0})
+        for step, loss in enumerate((3.0, 2.0, 2.5), 1):
+            recorder.write({"step": step, "split": "val", "loss": loss})
+    runs = records.load(tmp_path / "run")
+    for at, value in (("last", 2.5), ("best", best)):
+        (star,) = line_at(figures.against(runs, "optim.lr", at=at, goal=goal).axes[0], "*")
+        assert star.get_ydata() == [value]
+
+
 def test_against_one_seed_has_no_error_bars(sweep_dir):
     runs = [run for run in records.load(sweep_dir) if run.config["train.seed"] == 0]
     figure = figures.against(runs, "optim.lr")

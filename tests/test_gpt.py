@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import cllm
-from cllm import nn
+from cllm import functional as F
+from cllm import nn, rng
 from cllm._core import pool
 from cllm.errors import InputError
 from cllm.generate import generate
@@ -238,6 +239,8 @@ def test_loss_is_the_cross_entropy_of_the_logits():
         tokens, np.where(targets == -100, 10, targets), ignore_index=10, reduction="sum"
     ).item()
     assert other == pytest.approx(losses[targets != 10].sum())
+    smoothed = 0.7 * losses + 0.3 * np.where(targets >= 0, -log_p.mean(-1), 0)
+    assert model.loss(tokens, targets, label_smoothing=0.3).item() == pytest.approx(smoothed.sum() / 21)
 
 
 def test_a_position_does_not_depend_on_later_ones():
@@ -249,6 +252,26 @@ def test_a_position_does_not_depend_on_later_ones():
     np.testing.assert_array_equal(a[:, :5], b[:, :5])
     assert (a[:, 5:] != b[:, 5:]).any()
     np.testing.assert_allclose(model(tokens[:, :3]).data, a[:, :3], rtol=1e-10)
+
+
+def test_dropout_is_where_gpt2_has_it():
+    # After the embedding, on attention weights and on each block's two outputs; keys are drawn in that order.
+    p = 0.4
+    model = cllm.GPT(dataclasses.replace(SMALL, dropout=p), dtype=np.float64)
+    tokens, _ = batch()
+    rng.set_stream(1, 2, 3)
+    found = model(tokens).data
+    rng.set_stream(1, 2, 3)
+    body = model.transformer
+    x = F.dropout(body.wte(tokens) + body.wpe(np.arange(8)), p)
+    for block in body.h:
+        y = F.causal_self_attention(block.attn.c_attn(block.ln_1(x)), 2, dropout_p=p)
+        x = x + F.dropout(block.attn.c_proj(y), p)
+        y = F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh")
+        x = x + F.dropout(block.mlp.c_proj(y), p)
+    np.testing.assert_allclose(found, model.lm_head(body.ln_f(x)).data, rtol=1e-10, atol=1e-12)
+    plain = cllm.GPT(SMALL, dtype=np.float64)
+    np.testing.assert_array_equal(model.eval()(tokens).data, plain(tokens).data)
 
 
 def test_dropout_is_for_training_and_repeats_under_a_seed():
@@ -361,6 +384,8 @@ def test_generate_continues_and_repeats_under_a_seed():
     np.testing.assert_array_equal(out, generate(model, prompt, 12, seed=1))
     assert (out != generate(model, prompt, 12, seed=2)).any()
     assert generate(model, prompt[0], 2).shape == (5,) and generate(model, prompt, 0).shape == (2, 3)
+    dropping = cllm.GPT(dataclasses.replace(SMALL, dropout=0.9))
+    np.testing.assert_array_equal(out, generate(dropping, prompt, 12, seed=1))  # in eval mode
 
 
 def test_generate_greedily_and_from_the_top_k():

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "bench": {"cllm", "kernels", "optim"},
     "checkpoint": {"files"},
     "cli": {"bench", "cllm", "config", "data", "figures", "generate", "kernels", "sweep", "train"},
-    "config": {"data", "gpt", "optim", "schedules"},
+    "config": {"data", "gpt", "kernels", "optim", "schedules"},
     "data": {"files"},
     "errors": set(),
     "figures": {"records", "verdict"},

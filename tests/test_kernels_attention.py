@@ -175,3 +175,45 @@ def test_refuses_bad_arguments():
     block = np.zeros(2 * q.size, np.float32)
     inside, overlapping = block[: q.size].reshape(q.shape), block[q.size - 1 : -1].reshape(q.shape)
     assert_refuses_bad_out(lambda o: forward(inside, k, v, out=(o, None))[0], out, overlapping)
+
+
+@pytest.mark.parametrize("dropout_p", [1e-17, 1e-10, 1 - 1e-16])
+def test_dropout_close_to_its_limits(dropout_p):
+    """1 - 1e-17 is 1: everything stays; 1 - 1e-16 drops all but one element in 2^53."""
+    q, k, v, dout = problem(1, 1, 9, 9, 4, np.float64)
+    results = both_passes(q, k, v, dout, False, dropout_p=dropout_p, key=2**64 - 1)
+    expected = reference_passes(q, k, v, dout, False, dropout_p=dropout_p, key=2**64 - 1)
+    assert_close(results, expected, np.float64)
+
+
+def test_no_channels_and_no_heads():
+    qkv = np.zeros((2, 3, 0), np.float32)
+    out, lse = kernels.packed_attention_forward(qkv, 2, is_causal=False)
+    assert np.allclose(lse, np.log(3))
+    assert kernels.packed_attention_backward(out, qkv, out, lse, 2).shape == qkv.shape
+    q, k = np.zeros((1, 1, 3, 0)), np.zeros((1, 1, 0, 0))
+    message = "attention_forward: k is (1, 1, 0, 0), it must have at least one key"
+    assert_refuses(ValueError, message, kernels.attention_forward, q, k, k)
+
+
+def test_refuses_bad_scalars():
+    q, _, _, _ = problem(1, 1, 3, 3, 4, np.float32)
+    qkv = np.zeros((2, 3, 12), np.float32)
+    attention, packed = kernels.attention_forward, kernels.packed_attention_forward
+    for key in (-1, 2**64):
+        message = f"attention_forward: key is {key}, it must be in [0, 2**64)"
+        assert_refuses(ValueError, message, attention, q, q, q, key=key)
+        message = f"packed_attention_forward: key is {key}, it must be in [0, 2**64)"
+        assert_refuses(ValueError, message, packed, qkv, 2, key=key)
+    message = "attention_forward: key is 1.5, it must be an integer"
+    assert_refuses(TypeError, message, attention, q, q, q, key=1.5)
+    message = "attention_forward: dropout_p is None, it must be a number"
+    assert_refuses(TypeError, message, attention, q, q, q, dropout_p=None)
+    message = "attention_forward: scale is 'a', it must be a number"
+    assert_refuses(TypeError, message, attention, q, q, q, scale="a")
+    message = "packed_attention_forward: n_head is 2.0, it must be an integer"
+    assert_refuses(TypeError, message, packed, qkv, 2.0)
+    message = "packed_attention_forward: n_head is 0, it must be at least 1"
+    assert_refuses(ValueError, message, packed, qkv, 0)
+    message = "packed_attention_forward: qkv is None, it must be float32 or float64"
+    assert_refuses(TypeError, message, packed, None, 2)

@@ -159,3 +159,28 @@ def test_dropout_refuses_bad_arguments():
     assert_refuses(ValueError, message, kernels.dropout_backward, x, 0.5, -1)
     message = "dropout_backward: dy is float16, it must be float32 or float64"
     assert_refuses(TypeError, message, kernels.dropout_backward, x.astype(np.float16), 0.5, KEY)
+    message = "dropout_forward: key is 1.5, it must be an integer"
+    assert_refuses(TypeError, message, kernels.dropout_forward, x, 0.5, 1.5)
+    message = "dropout_forward: p is None, it must be a number"
+    assert_refuses(TypeError, message, kernels.dropout_forward, x, None, KEY)
+
+
+@pytest.mark.parametrize("p", [1e-17, 1e-10, 1 - 1e-7, 1 - 1e-16])
+@pytest.mark.parametrize("key", [0, 2**32, 2**64 - 1])
+def test_dropout_close_to_its_limits(key, p):
+    x = values(5000)
+    assert_close(kernels.dropout_forward(x, p, key), reference.dropout_forward(x, p, key), np.float64)
+
+
+def test_odd_inputs():
+    """Lists, NumPy scalars and as many dimensions as NumPy has are arrays; None and ragged lists are not."""
+    x = values(3)
+    assert same_bits(kernels.gelu_forward(x.tolist()), kernels.gelu_forward(x))
+    assert kernels.gelu_forward(np.float32(1)).shape == ()
+    assert kernels.gelu_forward(np.ones((1,) * 64)).shape == (1,) * 64
+    message = "gelu_forward: x is a ragged list, its rows must have one length"
+    assert_refuses(ValueError, message, kernels.gelu_forward, [[1.0], [2.0, 3.0]])
+    message = "gelu_forward: x is None, it must be float32 or float64"
+    assert_refuses(TypeError, message, kernels.gelu_forward, None)
+    message = "gelu_forward: x is >f4, it must be float32 or float64"
+    assert_refuses(TypeError, message, kernels.gelu_forward, np.zeros(3, ">f4"))

@@ -1,5 +1,9 @@
 """Matrix products, linear layers, the feed-forward part and the head against the float64 reference."""
 
+import os
+import signal
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -239,3 +243,67 @@ def test_linear_cross_entropy_refuses_bad_targets():
         kernels.linear_cross_entropy_forward(x, weight, [0, 1])
     message = "linear_cross_entropy_forward: targets[1] is 5, it must be in [0, 5) or ignore_index, -100"
     assert_refuses(ValueError, message, kernels.linear_cross_entropy_forward, x, weight, [0, 5, 1])
+    message = "linear_cross_entropy_forward: label_smoothing is 2.0, it must be in [0, 1]"
+    call = kernels.linear_cross_entropy_forward
+    assert_refuses(ValueError, message, call, x[:0], weight, np.zeros(0, int), label_smoothing=2.0)
+    message = "linear_cross_entropy_forward: weight is (0, 4), V must be at least 1"
+    assert_refuses(ValueError, message, call, x, weight[:0], [-100] * 3)
+
+
+@pytest.mark.parametrize("out", [(), (None,), 5, {1: 2}, np.zeros((5, 5), np.float32)])
+def test_an_out_that_is_no_tuple_of_arrays_is_named(out):
+    x, weight = values(5, 5, dtype=np.float32), values(5, 5, dtype=np.float32, seed=1)
+    for accumulate in (True, False):
+        message = "linear_backward: out must be a tuple of 3 arrays (dx, dweight, dbias)"
+        call = kernels.linear_backward
+        assert_refuses(TypeError, message, call, x, x, weight, out=out, accumulate=accumulate)
+        message = "feed_forward_backward: out must be a tuple of 5 arrays (dx, dw1, db1, dw2, db2)"
+        call = kernels.feed_forward_backward
+        assert_refuses(TypeError, message, call, x, x, x, weight, weight, out=out, accumulate=accumulate)
+
+
+def test_feed_forward_refuses_bad_arguments_before_it_writes():
+    x, w = values(4, 5, dtype=np.float32), values(5, 5, dtype=np.float32, seed=1)
+    forward, backward = kernels.feed_forward_forward, kernels.feed_forward_backward
+    message = "feed_forward_forward: b2 is (4,), it must be (5,)"
+    assert_refuses(ValueError, message, forward, x, w, None, w, w[0, :4])
+    message = (
+        "feed_forward_backward: x is (4, 5), w1 is (5, 5), w2 is (5, 4); "
+        "they must be (..., C), (F, C) and (O, F)"
+    )
+    assert_refuses(ValueError, message, backward, x, x, x, w, w[:, :4])
+    message = "feed_forward_backward: pre is (2, 5), it must be (4, 5)"
+    assert_refuses(ValueError, message, backward, x, x, x[:2], w, w)
+    good = np.full((5, 5), 9, np.float32)
+    for bad, match in ((x, r"out\[1\] \(dw1\) is \(4, 5\)"), (good, r"out\[3\] \(dw2\) overlaps")):
+        with pytest.raises(ValueError, match=match):
+            backward(x, x, x, w, w, out=(None, bad, None, good, None))
+        assert (good == 9).all()
+    with pytest.raises(ValueError, match="accumulate=True needs arrays for dw1 and dw2 in out"):
+        backward(x, x, x, w, w, bias=False, out=(None, None, None, good, None), accumulate=True)
+
+
+# Threads ---------------------------------------------------------------------------------------------
+
+
+def test_python_threads_at_once_and_a_forked_child():
+    a = values(300, 300, dtype=np.float32)
+    expected = with_threads(2, lambda: kernels.matmul(a, a))
+    results = []
+
+    def work():
+        results.extend(same_bits(kernels.matmul(a, a), expected) for _ in range(10))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 40
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        kernels.set_num_threads(2)  # waiting for libgomp's threads, which stayed behind, would hang
+        right = kernels.get_num_threads() == 1 and same_bits(kernels.matmul(a, a), expected)
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

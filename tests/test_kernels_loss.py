@@ -202,3 +202,17 @@ def test_losses_near_zero_keep_their_digits():
     logits = np.array([[12.0, 0.0]], np.float32)
     losses, _ = kernels.cross_entropy_forward(logits, np.array([0]))
     assert error(losses, [np.log1p(np.exp(-12.0))]) < 1e-2
+
+
+def test_refuses_bad_scalars_and_targets_that_wrap():
+    logits, targets = np.zeros((3, 4), np.float32), [0, 1, 2]
+    forward = kernels.cross_entropy_forward
+    for ignore_index in (None, 1.5):
+        message = f"cross_entropy_forward: ignore_index is {ignore_index}, it must be an integer"
+        assert_refuses(TypeError, message, forward, logits, targets, ignore_index=ignore_index)
+    message = f"cross_entropy_forward: ignore_index is {2**70}, it must be in [-2**63, 2**63)"
+    assert_refuses(ValueError, message, forward, logits, targets, ignore_index=2**70)
+    message = "cross_entropy_forward: label_smoothing is 'a', it must be a number"
+    assert_refuses(TypeError, message, forward, logits, targets, label_smoothing="a")
+    message = f"cross_entropy_forward: targets has {2**64 - 100}, it must be below 2**63"  # as int64: -100
+    assert_refuses(ValueError, message, forward, logits, np.array([2**64 - 100, 1, 2], np.uint64))

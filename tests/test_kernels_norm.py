@@ -169,3 +169,9 @@ def test_refuses_bad_arguments():
     assert_refuses(ValueError, message, backward, x, x, w, mean, rstd, accumulate=True)
     message = "layer_norm_backward: out must be a tuple of 3 arrays (dx, dweight, dbias)"
     assert_refuses(TypeError, message, backward, x, x, w, mean, rstd, out=x)
+    message = "layer_norm_backward: out must be a tuple of 3 arrays (dx, dweight, dbias)"
+    assert_refuses(TypeError, message, backward, x, x, w, mean, rstd, out=(), accumulate=True)
+    message = "layer_norm_forward: eps is None, it must be a number"
+    assert_refuses(TypeError, message, forward, x, w, None, None)
+    message = "layer_norm_forward: weight is None, it must be float32 or float64"
+    assert_refuses(TypeError, message, forward, x, None, None)

@@ -310,3 +310,35 @@ def test_integers_are_refused():
         kernels.sum_of_squares(np.arange(3))
     with pytest.raises(TypeError, match="scale_: x is int64"):
         kernels.scale_(np.arange(3), 2.0)
+
+
+def test_what_must_be_given_is_named():
+    x = np.zeros(3, np.float32)
+    a, b, c = (x.copy() for _ in range(3))
+    with pytest.raises(TypeError, match="adam_update: m is NoneType, it must be a NumPy array"):
+        kernels.adam_update(a, x, None, b, step=1, lr=0.1)
+    with pytest.raises(TypeError, match="rmsprop_update: v is NoneType, it must be a NumPy array"):
+        kernels.rmsprop_update(a, x, None, lr=0.1)
+    with pytest.raises(TypeError, match="adam_update: grad is None, it must be float32 or float64"):
+        kernels.adam_update(a, None, b, c, step=1, lr=0.1)
+    with pytest.raises(TypeError, match=r"adam_update: betas is \(0.9,\), it must be a tuple of two numbers"):
+        kernels.adam_update(a, x, b, c, step=1, lr=0.1, betas=(0.9,))
+    with pytest.raises(TypeError, match="sgd_update: lr is None, it must be a number"):
+        kernels.sgd_update(a, x, lr=None)
+    with pytest.raises(TypeError, match="scale_: factor is None, it must be a number"):
+        kernels.scale_(a, None)
+    with pytest.raises(TypeError, match="sum_of_squares: x is None"):
+        kernels.sum_of_squares(None)
+    with pytest.raises(ValueError, match="span: first and last must be views of one array"):
+        kernels.span(a, b)
+
+
+def test_an_eps_that_float32_cannot_hold_is_refused():
+    """It would become 0, and 0 / 0 where the gradient is 0."""
+    x = np.zeros(3, np.float32)
+    a, b, c = (x.copy() for _ in range(3))
+    with pytest.raises(ValueError, match=r"eps is 1e-50, it must be at least 1\.17[0-9]*e-38 in float32"):
+        kernels.adam_update(a, x, b, c, step=1, lr=0.1, eps=1e-50)
+    with pytest.raises(ValueError, match=r"eps is 1e-50, it must be at least 1\.17[0-9]*e-38 in float32"):
+        kernels.rmsprop_update(a, x, b, lr=0.1, eps=1e-50)
+    assert not a.any()

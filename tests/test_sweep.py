@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -127,6 +128,7 @@ def test_a_trial_is_the_base_with_its_setting_seed_and_threads(small, text_file)
     trial = small.trials()[3]
     made = small.trial_config(trial, "somewhere")
     assert (trial.setting, trial.seed) == (1, 1)
+    assert [small.trial_config(trial).train.seed for trial in small.trials()] == [0, 1, 0, 1]
     assert made.data.source == str(text_file)
     assert (made.optim.lr, made.model.n_embd, made.train.seed, made.train.threads) == (1e-2, 16, 1, 1)
     assert made.run.dir == os.path.join("somewhere", "trials", "s001-seed1")
@@ -182,7 +184,14 @@ def test_the_resolved_copy_is_a_sweep_of_its_own(small, tmp_path):
         (f"[sweep]\nsede = [1]{ONE}", 'unknown key sweep.sede (did you mean "seeds"?)'),
         (f"[sweep]\nseeds = []{ONE}", "sweep.seeds is [], it must be a list of integers"),
         (f"[sweep]\nseeds = [1, 1]{ONE}", "each seed must be there once"),
-        (f'[sweep]\nobjective = "loss"{ONE}', 'it must be like "val.loss"'),
+        (f'[sweep]\nobjective = "loss"{ONE}', "sweep.objective is 'loss'"),
+        (f'[sweep]\nobjective = "val.los"{ONE}', 'val.los\' (did you mean "val.loss"?), it must be one of'),
+        (f"sweep = 3{ONE}", "sweep is 3, it must be a section: [sweep]"),
+        (f'base = "base.toml"{ONE}', "base is 'base.toml', it must be a section: [base]"),
+        (f"[base]\ntrain = 3{ONE}", "base.train is 3, it must be a section"),
+        (f"[sweep]\nbase = 3{ONE}", "sweep.base is 3, it must be the path"),
+        (f"prune = 3{ONE}", "prune is 3, it must be a section"),
+        ('[[space]]\n"optim" = [1e-3]', '"optim" is a section, [[space]] needs its keys: "optim.KEY"'),
         (f"[sweep]\nthreads = 0{ONE}", "sweep.threads is 0"),
         (f'[prune]\nmethod = "halving"{ONE}', "pruning is not supported so far"),
         (f"[confirm]\ntop = 2{ONE}", "[confirm] is not supported so far"),
@@ -230,6 +239,23 @@ def test_a_sweep_runs_its_trials_and_writes_table_summary_and_copy(small, tmp_pa
     assert best["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(2))
     assert summary["verdict"] in shown.text
     assert sweep.Sweep.load(directory / "sweep.toml") == small
+
+
+@pytest.mark.parametrize(
+    ("at", "goal", "expected"),
+    [("last", "minimize", 2.5), ("best", "minimize", 2.0), ("best", "maximize", 3.0)],
+)
+def test_at_and_goal_say_which_record_of_a_trial_counts(write, tmp_path, at, goal, expected):
+    plan = sweep.Sweep.load(write(), {"sweep.at": at, "sweep.goal": goal})
+    trial = plan.trials()[0]
+    run_dir = tmp_path / "out" / "trials" / trial.name
+    run_dir.mkdir(parents=True)
+    with records.Recorder(run_dir) as recorder:
+        for step, loss in enumerate((3.0, 2.0, 2.5), 1):
+            recorder.write({"step": step, "split": "val", "loss": loss})
+    records.write_summary(run_dir, {"state": "finished", "step": 3, "seconds": 1.0})
+    found = sweep._read(plan, trial, tmp_path / "out")
+    assert (found.state, found.value) == ("finished", expected)
 
 
 def test_workers_change_nothing_and_a_trial_is_an_ordinary_run(small, tmp_path):
@@ -298,8 +324,11 @@ def children():
 
 
 def open_files(pid):
-    folder = f"/proc/{pid}/fd"
-    return " ".join(os.readlink(f"{folder}/{name}") for name in os.listdir(folder))
+    paths = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed in the meantime
+            paths.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return " ".join(paths)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the worker through /proc")
@@ -349,6 +378,17 @@ def test_another_sweep_in_the_directory_is_refused_with_the_difference(small, wr
         sweep.run(other, directory, progress=Quiet())
     with pytest.raises(InputError, match="holds a run"):
         sweep.run(small, directory / "trials" / "s000-seed0", progress=Quiet())
+
+
+def test_trials_on_a_text_that_changed_meanwhile_are_refused(small, text_file, tmp_path):
+    directory = tmp_path / "out"
+    sweep.run(small, directory, workers=2, progress=Quiet())
+    (directory / "trials" / "s001-seed1" / "summary.json").unlink()
+    text_file.write_text(text_file.read_text() + "one more line\n")
+    before = table(directory)
+    with pytest.raises(InputError, match=r"text\.txt has changed since s000-seed0 was trained on it"):
+        sweep.run(small, directory, progress=Quiet())
+    assert table(directory) == before
 
 
 def test_two_processes_cannot_run_one_sweep(small, tmp_path):

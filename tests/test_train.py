@@ -101,6 +101,8 @@ def test_a_run_leaves_what_is_promised(tmp_path, text_path):
     assert summary["memory_peak_mb"] > 10
 
     lines = untimed(run_dir)
+    for record in records.load(run_dir)[0].records:
+        assert record.keys() == {"step", "split", *train.METRICS[record["split"]]}
     training = [r for r in lines if r["split"] == "train"]
     assert [r["step"] for r in training] == list(range(1, 21))
     schedule = trainer.config.schedule
@@ -355,6 +357,11 @@ def test_resume_refuses_what_would_be_another_run(tmp_path, text_path):
         resume(run_dir, {"train.max_steps": 10})
     with pytest.raises(InputError, match="holds no run"):
         resume(tmp_path)
+    (run_dir / "summary.json").write_text('{"state": "fin')
+    with pytest.raises(InputError, match=r"summary.json is not a JSON file"):
+        resume(run_dir)
+    (run_dir / "summary.json").write_bytes(before[run_dir / "summary.json"][1])
+    before = snapshot(run_dir)
     text_path.write_text(text_path.read_text() + " more words to be")
     with pytest.raises(InputError, match=r"words.txt has changed since"):
         resume(run_dir, {"train.max_steps": 30})
@@ -386,6 +393,17 @@ def test_used_directory_is_refused(tmp_path, text_path):
     assert snapshot(run_dir) == before
     with pytest.raises(InputError, match="is a file"):
         fit(tiny(text_path, text_path))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.toml").touch()
+    with pytest.raises(InputError, match="holds a sweep"):
+        fit(tiny(text_path, tmp_path / "sweep"))
+
+
+def test_what_comes_later_is_refused(text_path, tmp_path):
+    with pytest.raises(InputError, match="task of one's own is not supported so far"):
+        Trainer(tiny(text_path, tmp_path / "run"), task=object())
+    with pytest.raises(InputError, match=r"train\.threads is 100000, it must be at most 1024"):
+        tiny(text_path, tmp_path / "run", train__threads=100000)
 
 
 def test_default_directory_is_the_first_free_one(tmp_path, text_path, monkeypatch):
@@ -447,6 +465,13 @@ def test_samples_change_nothing_and_are_the_same_again(tmp_path, text_path):
     fit(tiny(text_path, tmp_path / "none"))
     assert shown[0].lines == shown[1].lines and len(shown[0].lines) == 4
     assert untimed(tmp_path / "0") == untimed(tmp_path / "none")
+
+
+def test_samples_of_a_token_file(tmp_path, capsys):
+    np.random.default_rng(0).integers(0, 50, 5000).astype("<u2").tofile(tmp_path / "tokens.bin")
+    config = tiny(tmp_path / "tokens.bin", tmp_path / "run", train__sample_interval=20)
+    Trainer(config).fit()
+    assert re.search(r"^step 20: \d+ \d+ \d+ ", capsys.readouterr().out, re.M)
 
 
 def test_bar_on_a_terminal(tmp_path, text_path):

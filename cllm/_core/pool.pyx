@@ -16,9 +16,12 @@ cdef extern from "numpy/arrayobject.h":
     object PyArray_SimpleNewFromData(int nd, cnp.npy_intp* dims, int typenum, void* data)
 
 cdef size_t ALIGNMENT = 64
+cdef size_t LARGEST = <size_t>1 << 62   # bytes of an array
+cdef size_t SLACK = 64 << 20            # idle bytes that are always kept
 cdef dict _free = {}            # size in bytes -> list of addresses
 cdef size_t _idle_bytes = 0     # in the free lists
 cdef size_t _live_bytes = 0     # in arrays that are in use
+cdef size_t _peak_bytes = 0     # the most that was in use
 
 
 cdef inline size_t _size_class(size_t n) noexcept nogil:
@@ -49,21 +52,41 @@ def empty(shape, dtype=np.float32):
     Parameters
     ----------
     shape : tuple of int
+        At most 64 of them.
     dtype : NumPy dtype of numbers
+        In this machine's byte order.
 
     Raises
     ------
+    ValueError
+        When a length is negative or there are too many.
+    TypeError
+        When the dtype is not one of numbers.
     MemoryError
         When the system has no memory left.
+
+    Notes
+    -----
+    Before the pool asks the system for more than three times what was ever in use at once, it gives its idle
+    buffers back: a run through thousands of shapes does not keep a buffer of each.
     """
-    global _idle_bytes, _live_bytes
-    cdef cnp.npy_intp dims[16]
+    global _idle_bytes, _live_bytes, _peak_bytes
+    cdef cnp.npy_intp dims[64]
     cdef cnp.dtype descr = np.dtype(dtype)
     cdef size_t n = descr.itemsize
     cdef int nd = 0
+    cdef Py_ssize_t length
+    if chr(descr.kind) not in "biufc" or not (<object>descr).isnative:
+        raise TypeError(f"empty: dtype is {descr}, it must be one of numbers in this machine's byte order")
     for length in shape:
+        if nd == 64:
+            raise ValueError("empty: shape has more than 64 dimensions")
+        if length < 0:
+            raise ValueError(f"empty: shape is {tuple(shape)}, its lengths must be at least 0")
+        if length > 0 and n > LARGEST // <size_t>length:
+            raise MemoryError(f"no memory for an array of shape {tuple(shape)}")
         dims[nd] = length
-        n *= <size_t>dims[nd]
+        n *= <size_t>length
         nd += 1
     cdef Block block = Block.__new__(Block)
     block.size = _size_class(n if n > 0 else 1)
@@ -75,6 +98,8 @@ def empty(shape, dtype=np.float32):
         block.address = <void*><uintptr_t>idle.pop()
         _idle_bytes -= block.size
     else:
+        if _idle_bytes > SLACK and _idle_bytes + _live_bytes + block.size > 3 * _peak_bytes:
+            trim()
         block.address = malloc(block.size + ALIGNMENT)
         if block.address is NULL:
             trim()
@@ -82,6 +107,7 @@ def empty(shape, dtype=np.float32):
         if block.address is NULL:
             raise MemoryError(f"no memory for an array of shape {tuple(shape)} and {n} bytes")
     _live_bytes += block.size
+    _peak_bytes = max(_peak_bytes, _live_bytes)
     cdef uintptr_t start = (<uintptr_t>block.address + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     array = PyArray_SimpleNewFromData(nd, dims, descr.type_num, <void*>start)
     cnp.set_array_base(array, block)

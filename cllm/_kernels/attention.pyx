@@ -15,7 +15,7 @@ diagonal: a NaN then reaches only what depends on it, and all other bits are the
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange, threadid
-from libc.math cimport log
+from libc.math cimport ceil, log
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -53,8 +53,8 @@ cdef struct Shape:
     bint causal                 # query i sees keys 0..i
     double scale
     uint64_t key                # of the dropout mask
-    uint32_t keep_below         # an element stays when its 32 random bits are below; 0: no dropout
-    double keep_scale           # 1 / (1 - dropout_p)
+    uint32_t keep_limit         # an element stays when its 32 random bits are at most this
+    double keep_scale           # 1 / (1 - dropout_p); 1: no dropout
 
 
 cdef struct Strides:
@@ -139,7 +139,7 @@ cdef void drop_row(floating* s, Py_ssize_t n, const Shape* shape, uint64_t index
         drop_row(s + room, n - <Py_ssize_t>room, shape, index + room)
         n = <Py_ssize_t>room
     for j in range(n):
-        s[j] = s[j] * keep if cllm_hash(shape.key, high, <uint32_t>(index + j)) < shape.keep_below else <floating>0
+        s[j] = s[j] * keep if cllm_hash(shape.key, high, <uint32_t>(index + j)) <= shape.keep_limit else <floating>0
 
 
 # Forward ---------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* k, Py_s
         for i in range(i0, i1):
             n = min(i + 1, Tk) if shape.causal else Tk
             inverse[i - i0] = softmax_row(S + (i - i0) * ld, n, min(n + MR, ld), lse + i)
-            if shape.keep_below:
+            if shape.keep_scale != 1:
                 drop_row(S + (i - i0) * ld, n, shape, <uint64_t>(head * Tq + i) * Tk)
         for g from i0 <= g < i1 by step:
             mr = min(step, i1 - g)
@@ -230,7 +230,7 @@ cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, 
     cdef Py_ssize_t c
     cdef int l
     # Whole lanes, so that the loop has no tail: what lies beyond n is padding, and zeroed afterwards.
-    if not shape.keep_below:
+    if shape.keep_scale == 1:
         for c from 0 <= c < n by LANES:
             for l in range(LANES):
                 p[c + l] = exp_(p[c + l] - lse)
@@ -376,7 +376,7 @@ cdef Shape shape_of(cnp.ndarray q, cnp.ndarray k, bint causal, double scale, dou
     shape.causal = causal
     shape.scale = scale
     shape.key = key
-    shape.keep_below = max(1, <uint32_t>((1 - dropout_p) * 4294967296.0)) if dropout_p > 0 else 0
+    shape.keep_limit = <uint32_t>(ceil((1 - dropout_p) * 4294967296.0) - 1)
     shape.keep_scale = 1 / (1 - dropout_p)
     return shape
 

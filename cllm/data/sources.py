@@ -59,7 +59,7 @@ def documents(source):
     """
     if source in BUILT_IN:
         return BUILT_IN[source]()
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if path.is_dir():
         return _folder(path)
     if path.is_file():
@@ -111,7 +111,7 @@ def token_files(source):
     """
     if source in BUILT_IN:
         return None
-    path = Path(source).expanduser()
+    path = _expanded(source)
     if path.suffix == ".bin" and not path.is_dir():
         return {"all": _token_file(path)}
     if (path / "train.bin").is_file():
@@ -143,6 +143,14 @@ def _python_stdlib():
 
 
 BUILT_IN = {"python-stdlib": _python_stdlib}
+
+
+def _expanded(source):
+    """The source as a path, "~" written out."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        raise InputError(f"{source} names a home folder that there is not; use a full path") from None
 
 
 def _folder(root):
