@@ -297,7 +297,10 @@ def _train(options):
     from cllm import config, train
 
     name = {"name": Path(options.config).stem} if options.config else {}
-    return _status(train.Trainer(config.load(options.config, options.overrides), **name).fit())
+    wanted = config.load(options.config, options.overrides)
+    for note in config.notes(wanted):
+        print(f"cllm: note: {note}", file=sys.stderr)
+    return _status(train.Trainer(wanted, **name).fit())
 
 
 def _resume(options):

@@ -258,6 +258,17 @@ def _gather_arguments(values):
     return {**values, "arguments": arguments}
 
 
+def notes(config):
+    """What is allowed in a `Config`, but is seldom meant: sentences for the user."""
+    warmup, steps = config.schedule.warmup_steps, config.train.max_steps
+    if warmup <= steps:
+        return []
+    return [
+        f"schedule.warmup_steps is {warmup} and train.max_steps is {steps}: the learning rate only reaches "
+        f"{steps / warmup:.0%} of optim.lr"
+    ]
+
+
 def optimizer_arguments(name):
     """An optimizer's own arguments and their types, which its constructor's defaults show."""
     parameters = inspect.signature(optim.BY_NAME[name]).parameters

@@ -217,11 +217,12 @@ class Sweep:
         """Each setting's configuration, once; the first fault is reported."""
         faults = []
         for index, setting in enumerate(self.settings):
-            self.notices.extend(n for n in _merged(self.base, setting)[1] if n not in self.notices)
+            notices = _merged(self.base, setting)[1]
             try:
-                self.trial_config(Trial(index, self.config.seeds[0], setting))
+                notices += configs.notes(self.trial_config(Trial(index, self.config.seeds[0], setting)))
             except InputError as error:
                 faults.append((index, error))
+            self.notices.extend(notice for notice in notices if notice not in self.notices)
         if faults:
             index, error = faults[0]
             shared = len(faults) == len(self.settings)  # then it is not this setting's own

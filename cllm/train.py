@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import threading
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,42 @@ RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interv
 
 class _Diverged(Exception):
     """The loss or the gradient is not finite any more; the message is one sentence for the summary."""
+
+
+class _ThreadChoice:
+    """All threads or one, whichever makes the steps faster at present.
+
+    On a busy machine threads wait for each other: two have been 40 times slower than one. Results do not
+    depend on the count, so now and then one step is tried with the other choice, ever more rarely while that
+    does not pay.
+    """
+
+    FIRST, RARELY = 5, 640  # steps before the first try, and at most between two
+    GAIN = 0.8  # the other choice is taken when its step took less than this share of the recent ones
+
+    def __init__(self, n_threads):
+        self.counts = [n_threads, 1]
+        self.wait = self.left = self.FIRST
+        self.recent = deque(maxlen=5)
+
+    def time(self, function):
+        """function() with the present choice, or with the other one when its turn has come."""
+        trying = self.left == 0 and self.counts[0] != self.counts[1]
+        kernels.set_num_threads(self.counts[trying])
+        began = perf_counter()
+        result = function()
+        seconds = perf_counter() - began
+        if not trying:
+            self.recent.append(seconds)
+            self.left = max(0, self.left - 1)
+        elif seconds < self.GAIN * sum(self.recent) / len(self.recent):
+            self.counts.reverse()
+            self.recent.clear()
+            self.wait = self.left = 4 * self.FIRST
+        else:
+            self.wait = self.left = min(2 * self.wait, self.RARELY)
+        kernels.set_num_threads(self.counts[0])
+        return result
 
 
 class Trainer:
@@ -116,6 +153,7 @@ class Trainer:
         self.optimizer = optim.build(config.optim, self.model.named_parameters())
         self.parameters = list(self.model.parameters())
         self.batch_size = n_windows if train.batch_size == "full" else train.batch_size
+        self.threads = train.threads or kernels.get_num_threads()  # the most that it uses
 
     def _create_directory(self):
         if self.config.run.dir:
@@ -157,8 +195,8 @@ class Trainer:
         self.began = perf_counter() - self.seconds
         state, error = "interrupted", None
         try:
-            if train.threads:
-                kernels.set_num_threads(train.threads)
+            kernels.set_num_threads(self.threads)
+            self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
             self.recorder.truncate(self.step)
             with _deferred_interrupt() as interrupt:
                 while self.step < train.max_steps and not self.stop:
@@ -181,7 +219,7 @@ class Trainer:
     def _step(self, shown, interrupt):
         """One update and whatever is due after it: evaluation, generated line, checkpoint."""
         train = self.config.train
-        record = self._update()
+        record = self.thread_choice.time(self._update) if self.thread_choice else self._update()
         self._log(record)
         shown.step(record)
         new_best = False
@@ -330,10 +368,6 @@ class Trainer:
     def tokens_per_step(self):
         return self.config.train.grad_accum * self.batch_size * self.config.model.block_size
 
-    @property
-    def threads(self):
-        return self.config.train.threads or kernels.get_num_threads()
-
 
 def load_text(config):
     """The text that a configuration names, tokenised and cached, as `cllm.data.load` gives it.
@@ -481,6 +515,8 @@ def _refuse_used(run_dir):
             f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "
             "or choose another run.dir"
         )
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise InputError(f"{run_dir} holds other files; a run needs a new or empty folder: --run.dir DIR")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run.dir is {run_dir}, which is a file; it must be a new or empty folder")
 

@@ -198,3 +198,10 @@ def test_describe_lists_each_key_with_type_and_default():
     assert rows["optim.betas"] == ("a list of 2 numbers", [0.9, 0.99])
     assert rows["optim.momentum"][1] is None and "model.vocab_size" not in rows
     assert set(configs.flatten(to_dict(Config()))) <= set(rows)
+
+
+def test_a_warm_up_longer_than_the_run_is_noted():
+    assert configs.notes(configs.from_dict({})) == []
+    (note,) = configs.notes(configs.from_dict({"train": {"max_steps": 20}}))
+    assert "warmup_steps is 100" in note
+    assert "20% of optim.lr" in note

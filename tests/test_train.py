@@ -13,7 +13,7 @@ import pytest
 
 import cllm
 from cllm import config as configs
-from cllm import data, optim, progress, records, schedules, train
+from cllm import data, kernels, optim, progress, records, schedules, train
 from cllm.errors import InputError
 from cllm.progress import Silent
 from cllm.train import Trainer, evaluate, load, resume
@@ -514,3 +514,29 @@ def test_memory_does_not_grow(tmp_path, text_path):
     assert blocks_end - blocks < 1000  # Python objects; 1900 steps would leave several each
     assert pooled_end == pooled
     assert resident_end - resident < 4_000_000
+
+
+def test_the_faster_thread_count_is_found(monkeypatch):
+    """With a clock that makes two threads slow, then one: the choice follows, and tries get rarer."""
+    now, slow, used = 0.0, 2, []
+    before = kernels.get_num_threads()
+
+    def step():
+        nonlocal now
+        used.append(kernels.get_num_threads())
+        now += 10.0 if used[-1] == slow else 1.0
+        return len(used)
+
+    monkeypatch.setattr(train, "perf_counter", lambda: now)
+    choice = train._ThreadChoice(2)
+    try:
+        assert [choice.time(step) for _ in range(300)] == list(range(1, 301))
+        assert used[:6] == [2] * 5 + [1]
+        assert used[6:26] == [1] * 20
+        assert used.count(2) < 5 + 6  # then only tries, after 20, 40, 80 ... steps
+        slow = 1
+        for _ in range(700):
+            choice.time(step)
+        assert used[-10:].count(2) >= 9
+    finally:
+        kernels.set_num_threads(before)
