@@ -29,9 +29,11 @@ def test_python_blocks_run(tmp_path, monkeypatch, text_file, capsys):
     for block in python:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "lr.svg").stat().st_size > 1000
-    loss, val_loss = map(float, capsys.readouterr().out.split()[-2:])
+    output = capsys.readouterr().out
+    loss, val_loss = map(float, re.search(r"^(\d\.\d+) (\d\.\d+)$", output, re.MULTILINE).groups())
     assert 1 < loss < 3.5
     assert 1 < val_loss < 3.5
+    assert "\ndef " in output  # and the generated text
 
 
 def test_the_trees_files_exist():
