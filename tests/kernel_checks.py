@@ -22,7 +22,11 @@ def error(result, expected):
 
 
 def assert_close(result, expected, dtype):
-    """Shape, dtype and error of a result, or of a tuple of results; None stands for None."""
+    """Shape, dtype and error of a result, or of a tuple of results; None stands for None.
+
+    An element that is off by at most 4 units in the last place of 1 always passes: a result near 0 of operands
+    near 1 has no better digits.
+    """
     if isinstance(expected, tuple):
         assert len(result) == len(expected)
         for one, other in zip(result, expected):
@@ -32,7 +36,8 @@ def assert_close(result, expected, dtype):
     else:
         assert result.dtype == dtype
         assert result.shape == np.shape(expected)
-        assert error(result, expected) < TOLERANCE[np.dtype(dtype)]
+        largest = np.abs(np.asarray(result, np.float64) - expected).max(initial=0)  # NaN fails both
+        assert largest <= 4 * np.finfo(dtype).eps or error(result, expected) < TOLERANCE[np.dtype(dtype)]
 
 
 def same_bits(a, b):

@@ -1,0 +1,47 @@
+"""The one door to the compiled kernels: checks, allocates, picks threads; NumPy arrays in and out.
+
+Inputs are float32 or float64 arrays, not mixed; they may be strided or read-only (copied when needed).
+``out=`` takes an array, or a tuple where there are several outputs: each must have the result's shape
+and dtype, be C-contiguous and writable, and must not overlap an input unless a docstring allows it.
+Nothing is written before all arguments have passed their checks. Results are the same bits at any
+thread count. Letters: B batch size, T sequence length, C channels, H heads, D head size, V vocabulary.
+"""
+
+# ruff: noqa: F401  (the public names)
+
+from cllm._kernels import available as available_isas
+from cllm._kernels import isa
+from cllm._kernels.gemm import OPENMP as openmp
+from cllm.kernels.attention import (
+    attention_backward,
+    attention_forward,
+    packed_attention_backward,
+    packed_attention_forward,
+)
+from cllm.kernels.elementwise import dropout_backward, dropout_forward, gelu_backward, gelu_forward
+from cllm.kernels.embedding import embedding_backward, embedding_forward
+from cllm.kernels.linear import (
+    feed_forward_backward,
+    feed_forward_forward,
+    linear_backward,
+    linear_forward,
+    matmul,
+)
+from cllm.kernels.loss import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    linear_cross_entropy_backward,
+    linear_cross_entropy_forward,
+)
+from cllm.kernels.norm import layer_norm_backward, layer_norm_forward
+from cllm.kernels.optimizers import (
+    adam_update,
+    adamw_update,
+    gap,
+    rmsprop_update,
+    scale_,
+    sgd_update,
+    span,
+    sum_of_squares,
+)
+from cllm.kernels.threads import MAX_THREADS, get_num_threads, set_num_threads

@@ -1,0 +1,237 @@
+"""Linear layers, matrix products and the GELU feed-forward block."""
+
+import numpy as np
+
+from cllm._core.pool import empty
+from cllm._kernels import gemm as _gemm
+from cllm.kernels import checks, threads
+from cllm.kernels.elementwise import gelu_backward, gelu_forward
+
+
+def check_linear(function, x, weight):
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{function}: x is {x.shape}, weight is {weight.shape}; they must be (..., I) and (O, I)"
+        )
+
+
+def linear_forward(x, weight, bias=None, out=None):
+    """y = x weight^T + bias.
+
+    Parameters
+    ----------
+    x : (..., I) array
+    weight : (O, I) array
+    bias : (O,) array, optional
+    out : (..., O) array, optional
+
+    Returns
+    -------
+    (..., O) array
+
+    Raises
+    ------
+    ValueError
+        When shapes do not match or `out` is unsuitable.
+    TypeError
+        When dtypes are mixed or not float32 or float64.
+    """
+    inputs = x, weight, bias = checks.floats("linear_forward", x=x, weight=weight, bias=bias)
+    check_linear("linear_forward", x, weight)
+    n_out, n_in = weight.shape
+    if bias is not None and bias.shape != (n_out,):
+        raise ValueError(f"linear_forward: bias is {bias.shape}, it must be {(n_out,)}")
+    out = checks.result("linear_forward", out, (*x.shape[:-1], n_out), x.dtype, inputs)
+    n = checks.n_rows(x)
+    _gemm.linear_forward(x.reshape(n, n_in), weight, bias, out.reshape(n, n_out), threads.count)
+    return out
+
+
+def linear_backward(dy, x, weight, *, bias=True, out=None, accumulate=False):
+    """Gradients of `linear_forward`: dx = dy weight, dweight = dy^T x, dbias = the sum of dy's rows.
+
+    Parameters
+    ----------
+    dy : (..., O) array
+    x : (..., I) array
+    weight : (O, I) array
+    bias : bool
+        Whether there is a bias; without it dbias is None.
+    out : tuple of three arrays, optional
+        For dx, dweight and dbias; None entries are allocated.
+    accumulate : bool
+        Add dweight and dbias to the arrays given in `out` instead of assigning.
+
+    Returns
+    -------
+    dx : (..., I) array
+    dweight : (O, I) array
+    dbias : (O,) array or None
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `linear_forward`.
+    """
+    inputs = dy, x, weight = checks.floats("linear_backward", dy=dy, x=x, weight=weight)
+    check_linear("linear_backward", x, weight)
+    n_out = len(weight)
+    if dy.shape != (*x.shape[:-1], n_out):
+        raise ValueError(f"linear_backward: dy is {dy.shape}, it must be {(*x.shape[:-1], n_out)}")
+    names, shapes = ("dx", "dweight", "dbias"), (x.shape, weight.shape, (n_out,))
+    added = () if not accumulate else names[1:] if bias else names[1:2]
+    dx, dweight, dbias = checks.results("linear_backward", out, names, shapes, x.dtype, inputs, added)
+    dbias = dbias if bias else None
+    _linear_gradients(dy, x, weight, dx, dweight, dbias, accumulate)
+    return dx, dweight, dbias
+
+
+def _linear_gradients(dy, x, weight, dx, dweight, dbias, accumulate):
+    """`linear_backward` on checked arrays; dbias may be None."""
+    n_out, n_in = weight.shape
+    n = checks.n_rows(x)
+    dy, x = dy.reshape(n, n_out), x.reshape(n, n_in)
+    _gemm.linear_backward_input(dy, weight, dx.reshape(n, n_in), threads.count)
+    _gemm.linear_backward_weight(dy, x, dweight, accumulate, threads.count)
+    if dbias is not None:
+        _gemm.column_sums(dy, dbias, accumulate, threads.count)
+
+
+def _strided_matrices(x, batch):
+    """x (..., M, K) for the batched product: the array (copied when neither stride is 1), where each matrix
+    of the broadcast batch starts, and the two strides, counted in elements."""
+    size = x.itemsize
+    steps = [1 if n == 1 else stride // size for n, stride in zip(x.shape[-2:], x.strides[-2:])]
+    if 1 not in steps or min(steps) < 1 or not x.flags.aligned:
+        x = np.array(x, order="C")
+        steps = [x.shape[-1], 1]
+    starts = np.zeros((), np.intp)
+    for n, stride in zip(batch, np.broadcast_to(x, (*batch, *x.shape[-2:])).strides):
+        starts = np.add.outer(starts, np.arange(n, dtype=np.intp) * (stride // size))
+    return x, starts.reshape(-1), steps
+
+
+def matmul(a, b, out=None):
+    """Matrix product over the last two dimensions; the leading ones broadcast.
+
+    Parameters
+    ----------
+    a : (..., M, K) array
+    b : (..., K, N) array
+        Transposed views are read in place.
+    out : (..., M, N) array, optional
+
+    Returns
+    -------
+    (..., M, N) array
+
+    Raises
+    ------
+    ValueError
+        When K differs, the leading dimensions do not broadcast or `out` is unsuitable.
+    TypeError
+        When dtypes are mixed or not float32 or float64.
+    """
+    a, b = checks.as_array("matmul", "a", a), checks.as_array("matmul", "b", b)
+    if a.dtype not in checks.FLOATS or a.dtype != b.dtype:
+        kinds = f"a is {checks.kind_of(a)}, b is {checks.kind_of(b)}"
+        raise TypeError(f"matmul: {kinds}; both must be float32 or both float64")
+    wrong = f"matmul: a is {a.shape}, b is {b.shape}; they must be (..., M, K) and (..., K, N)"
+    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-2]:
+        raise ValueError(wrong)
+    try:
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except ValueError:
+        raise ValueError(f"{wrong}, with leading dimensions that broadcast") from None
+    M, K, N = a.shape[-2], a.shape[-1], b.shape[-1]
+    out = checks.result("matmul", out, (*batch, M, N), a.dtype, (a, b))
+    if out.size == 0:
+        return out
+    if K == 0:
+        out[...] = 0
+        return out
+    a, a_starts, (ars, acs) = _strided_matrices(a, batch)
+    b, b_starts, (brs, bcs) = _strided_matrices(b, batch)
+    result = out.reshape(a_starts.size, M, N)
+    _gemm.matmul(a, a_starts, ars, acs, b, b_starts, brs, bcs, K, result, threads.count)
+    return out
+
+
+
+# GELU feed-forward -----------------------------------------------------------------------------------
+
+
+def _check_feed_forward_shapes(function, x, w1, w2):
+    if w1.ndim != 2 or w2.ndim != 2 or len(w1) != w2.shape[1] or x.shape[-1:] != w1.shape[1:]:
+        raise ValueError(
+            f"{function}: x is {x.shape}, w1 is {w1.shape}, w2 is {w2.shape}; "
+            "they must be (..., C), (F, C) and (O, F)"
+        )
+
+
+def feed_forward_forward(x, w1, b1, w2, b2, approximate="tanh"):
+    """y = GELU(x w1^T + b1) w2^T + b2 (Vaswani et al. 2017, section 3.3, with GELU).
+
+    Parameters
+    ----------
+    x : (..., C) array
+    w1 : (F, C) array
+    b1 : (F,) array or None
+    w2 : (O, F) array
+    b2 : (O,) array or None
+    approximate : {"tanh", "none"}
+        As `gelu_forward`.
+
+    Returns
+    -------
+    y : (..., O) array
+    pre : (..., F) array
+        x w1^T + b1, which the backward pass needs; GELU's output is computed again there.
+    """
+    function = "feed_forward_forward"
+    x, w1, b1, w2, b2 = checks.floats(function, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    _check_feed_forward_shapes(function, x, w1, w2)
+    for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{function}: {name} is {bias.shape}, it must be {weight.shape[:1]}")
+    pre = linear_forward(x, w1, b1)
+    return linear_forward(gelu_forward(pre, approximate), w2, b2), pre
+
+
+def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, out=None, accumulate=False):
+    """Gradients of `feed_forward_forward`.
+
+    Parameters
+    ----------
+    dy : (..., O) array
+    x, pre, w1, w2
+        As given to and returned by the forward pass.
+    bias : bool
+        Whether there are biases; without them db1 and db2 are None.
+    out : tuple of five arrays, optional
+        For dx, dw1, db1, dw2 and db2; None entries are allocated.
+    accumulate : bool
+        Add the parameters' gradients to the arrays given in `out` instead of assigning.
+
+    Returns
+    -------
+    dx : (..., C) array
+    dw1, db1, dw2, db2 : arrays of the parameters' shapes
+    """
+    function = "feed_forward_backward"
+    inputs = dy, x, pre, w1, w2 = checks.floats(function, dy=dy, x=x, pre=pre, w1=w1, w2=w2)
+    _check_feed_forward_shapes(function, x, w1, w2)
+    for name, array, n in (("dy", dy, len(w2)), ("pre", pre, len(w1))):
+        if array.shape != (*x.shape[:-1], n):
+            raise ValueError(f"{function}: {name} is {array.shape}, it must be {(*x.shape[:-1], n)}")
+    names = ("dx", "dw1", "db1", "dw2", "db2")
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    added = () if not accumulate else names[1:] if bias else names[1::2]
+    dx, dw1, db1, dw2, db2 = checks.results(function, out, names, shapes, x.dtype, inputs, added)
+    if not bias:
+        db1 = db2 = None
+    hidden, dhidden = gelu_forward(pre, approximate), empty(pre.shape, pre.dtype)
+    _linear_gradients(dy, hidden, w2, dhidden, dw2, db2, accumulate)
+    dpre = gelu_backward(dhidden, pre, approximate, out=hidden)
+    _linear_gradients(dpre, x, w1, dx, dw1, db1, accumulate)
+    return dx, dw1, db1, dw2, db2
