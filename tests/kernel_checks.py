@@ -24,8 +24,8 @@ def error(result, expected):
 def assert_close(result, expected, dtype):
     """Shape, dtype and error of a result, or of a tuple of results; None stands for None.
 
-    An element that is off by at most 4 units in the last place of 1 always passes: a result near 0 of operands
-    near 1 has no better digits.
+    An element that is off by at most 4 units in the last place of 1 always passes: a result near 0 of
+    operands near 1 has no better digits.
     """
     if isinstance(expected, tuple):
         assert len(result) == len(expected)

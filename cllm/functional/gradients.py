@@ -1,0 +1,48 @@
+"""Where fused operations put the gradients of parameters: straight to where they live.
+
+The first one after `zero_grad` assigns, later ones add; nothing is copied or cleared.
+"""
+
+import numpy as np
+
+from cllm.tensor import WRITTEN, Parameter
+
+
+def targets_of(*tensors):
+    """Where a kernel writes the gradients of these: an array each, or None to allocate; and whether it adds.
+
+    Only a Parameter's gradient has a place of its own. A kernel adds to all of its targets or to none: where
+    only some hold a gradient, the others start from zero.
+    """
+    arrays, adds = [], []
+    for x in tensors:
+        array, add = x.grad_target() if isinstance(x, Parameter) and x.requires_grad else (None, False)
+        arrays.append(array)
+        adds.append(add)
+    if True not in adds:
+        return arrays, False
+    for i, x in enumerate(tensors):
+        if not adds[i] and x is not None:
+            if arrays[i] is None:
+                arrays[i] = np.zeros(x.data.shape, x.data.dtype)
+            else:
+                arrays[i].fill(0)
+    return arrays, True
+
+
+def written(tensors, arrays):
+    """What a backward function returns for these tensors once the kernel has filled the arrays."""
+    results = []
+    for x, array in zip(tensors, arrays):
+        if x is None:
+            continue
+        if isinstance(x, Parameter) and x.requires_grad:
+            x.grad_written(array)
+            results.append(WRITTEN)
+        else:
+            results.append(array)
+    return tuple(results)
+
+
+def data_of(x):
+    return None if x is None else x.data

@@ -1,0 +1,155 @@
+"""Linear layers, embeddings, norms and the feed-forward block."""
+
+import math
+
+import numpy as np
+
+from cllm import kernels
+from cllm.functional.elementwise import gelu
+from cllm.functional.gradients import data_of, targets_of, written
+from cllm.tensor import Tensor, _sum, as_tensor, record
+
+
+def linear(input, weight, bias=None):
+    """input weight^T + bias.  input (..., I), weight (O, I), bias (O,) or None -> (..., O)."""
+    input = as_tensor(input)
+    x, w = input.data, weight.data
+    inputs = (input, weight) if bias is None else (input, weight, bias)
+
+    def backward(grad):
+        if not weight.requires_grad and (bias is None or not bias.requires_grad):
+            return kernels.matmul(grad, w), *(None,) * (len(inputs) - 1)  # frozen
+        (dw, db), add = targets_of(weight, bias)
+        dx, *found = kernels.linear_backward(
+            grad, x, w, bias=bias is not None, out=(None, dw, db), accumulate=add
+        )
+        return dx, *written((weight, bias), found)
+
+    return record(kernels.linear_forward(x, w, data_of(bias)), inputs, backward)
+
+
+def embedding(input, weight):
+    """The rows of weight that an integer array names.  input (...), weight (V, C) -> (..., C)."""
+    tokens = np.asarray(input)
+    n_rows = weight.data.shape[0]
+    out = kernels.embedding_forward(tokens, weight.data)
+
+    def backward(grad):
+        (target,), add = targets_of(weight)
+        dw = kernels.embedding_backward(grad, tokens, n_rows, out=target, accumulate=add)
+        return written((weight,), (dw,))
+
+    return record(out, (weight,), backward)
+
+
+def token_position_embedding(tokens, token_weight, position_weight):
+    """Each token's row plus its position's.
+
+    tokens (..., T), token_weight (V, C), position_weight (P, C) with P >= T -> (..., T, C)
+    """
+    tokens = np.asarray(tokens)
+    n_rows, T = token_weight.data.shape[0], tokens.shape[-1]
+    n_positions = position_weight.data.shape[0]
+    if n_positions < T:
+        raise ValueError(f"token_position_embedding: {T} positions, the table has {n_positions}")
+    out = kernels.embedding_forward(tokens, token_weight.data)
+    out += position_weight.data[:T]
+
+    def backward(grad):
+        (dtoken,), add = targets_of(token_weight)
+        dtoken = kernels.embedding_backward(grad, tokens, n_rows, out=dtoken, accumulate=add)
+        (dposition,), add = targets_of(position_weight)
+        if dposition is None:
+            dposition = np.zeros_like(position_weight.data)
+        total = _sum(grad, tuple(range(grad.ndim - 2)))
+        if add:
+            dposition[:T] += total
+        else:
+            dposition[:T] = total
+            dposition[T:] = 0
+        return written((token_weight, position_weight), (dtoken, dposition))
+
+    return record(out, (token_weight, position_weight), backward)
+
+
+def _last(function, x, normalized_shape):
+    """normalized_shape as a tuple; it must be the last dimensions of x."""
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+    if not shape or x.shape[-len(shape) :] != shape:
+        raise ValueError(f"{function}: normalized_shape is {shape}, input is {x.shape}")
+    return shape
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimensions (Ba, Kiros & Hinton 2016).
+
+    Parameters
+    ----------
+    input : (..., *normalized_shape) Tensor
+    normalized_shape : int or tuple of int
+    weight, bias : Tensors of normalized_shape, or None
+    eps : float
+    """
+    input = as_tensor(input)
+    shape = _last("layer_norm", input, normalized_shape)
+    if len(shape) > 1:
+        flat = [None if x is None else x.reshape(-1) for x in (weight, bias)]
+        lead = input.shape[: -len(shape)]
+        return layer_norm(input.reshape(*lead, -1), math.prod(shape), *flat, eps).reshape(input.shape)
+    x = input.data
+    if weight is None:
+        weight = Tensor(np.ones(shape, x.dtype))
+    w = weight.data
+    out, mean, rstd = kernels.layer_norm_forward(x, w, data_of(bias), eps)
+    inputs = (input, weight) if bias is None else (input, weight, bias)
+
+    def backward(grad):
+        (dw, db), add = targets_of(weight, bias)
+        dx, *found = kernels.layer_norm_backward(
+            grad, x, w, mean, rstd, bias=bias is not None, out=(None, dw, db), accumulate=add
+        )
+        return dx, *written((weight, bias), found)
+
+    return record(out, inputs, backward)
+
+
+def rms_norm(input, normalized_shape, weight=None, eps=None):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang & Sennrich 2019).
+
+    eps : float or None
+        None is the dtype's machine epsilon.
+    """
+    x = as_tensor(input)
+    shape = _last("rms_norm", x, normalized_shape)
+    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    y = x * ((x * x).mean(tuple(range(-len(shape), 0)), keepdim=True) + eps).rsqrt()
+    return y if weight is None else y * weight
+
+
+def feed_forward(input, w1, b1, w2, b2, approximate="tanh"):
+    """gelu(input w1^T + b1) w2^T + b2, one operation.
+
+    Parameters
+    ----------
+    input : (..., C) Tensor
+    w1, b1 : (F, C) and (F,) Tensors; b1 may be None
+    w2, b2 : (O, F) and (O,) Tensors; b2 may be None
+    approximate : {"tanh", "none"}
+        GELU's form.
+    """
+    if (b1 is None) != (b2 is None) or w1 is w2 or (b1 is b2 and b1 is not None):
+        return linear(gelu(linear(input, w1, b1), approximate), w2, b2)
+    input = as_tensor(input)
+    x = input.data
+    parameters = (w1, b1, w2, b2)
+    out, pre = kernels.feed_forward_forward(x, w1.data, data_of(b1), w2.data, data_of(b2), approximate)
+
+    def backward(grad):
+        targets, add = targets_of(*parameters)
+        dx, *found = kernels.feed_forward_backward(
+            grad, x, pre, w1.data, w2.data, approximate=approximate, bias=b1 is not None,
+            out=(None, *targets), accumulate=add,
+        )  # fmt: skip
+        return dx, *written(parameters, found)
+
+    return record(out, (input, *(p for p in parameters if p is not None)), backward)
