@@ -1,0 +1,134 @@
+"""Things of a user's own, named in a configuration as ``"path/to/file.py:name"``.
+
+`[task] build`, `[task] run`, `[optim] name` and `[model] attention` take such names. The path is relative
+to the working directory. A file is run once for each content that it has had, so that two names in one file
+share its module, and an edited file is run again. Modules beside the file can be imported from it.
+
+What a user's file raises comes through as it is: it is their code, and their traceback helps most.
+"""
+
+import hashlib
+import sys
+import traceback
+import types
+from pathlib import Path
+
+from cllm.errors import InputError, nearest
+from cllm.files import write_atomic
+
+__all__ = ["digest", "is_reference", "keep", "load", "own_traceback"]
+
+_MODULES = {}  # (resolved path, sha256) -> module
+_RUN = set()  # paths of the files that were run, as they were written
+_EXAMPLE = {"task.build": "build", "task.run": "train", "model.attention": "MyAttention"}
+
+
+def is_reference(text):
+    """Whether `text` names something in a user's file, as "my.py:SignSGD" does."""
+    return isinstance(text, str) and ".py:" in text
+
+
+def load(reference, what):
+    """The object that ``"file.py:name"`` stands for; the file is run when its content is new.
+
+    Parameters
+    ----------
+    reference : str
+    what : str
+        What the reference was given for, with which errors begin: a key such as "task.build".
+
+    Raises
+    ------
+    InputError
+        When the reference has another form, or there is no such file or name in it.
+    Exception
+        Whatever the file itself raises.
+    """
+    path, name = _parts(reference, what)
+    module = _module(path, _read(path, what))
+    if name not in vars(module):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise InputError(f"{what} is {reference!r}, but {path} has no {name}{nearest(name, public)}")
+    return getattr(module, name)
+
+
+def digest(reference, what="the reference"):
+    """The SHA-256 of the file that ``"file.py:name"`` names, as hexadecimal digits.
+
+    It covers this one file, not what the file imports. Raises as `load` does, but runs nothing.
+    """
+    path, _ = _parts(reference, what)
+    return hashlib.sha256(_read(path, what)).hexdigest()
+
+
+def keep(references, folder):
+    """Write a copy of each file that the references name into `folder`, under `kept_name`."""
+    for reference in references:
+        path, _ = _parts(reference, "the reference")
+        source = _read(path, "the reference")
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / kept_name(reference, hashlib.sha256(source).hexdigest()), source)
+
+
+def kept_name(reference, sha256):
+    """What `keep` calls the copy of a reference's file: my-1a2b3c4d.py."""
+    path, _ = _parts(reference, "the reference")
+    return f"{path.stem}-{sha256[:8]}.py"
+
+
+def own_traceback(error):
+    """The traceback of an exception from the first line in a user's file on, as text; None without such.
+
+    Without such, too, when the file itself raised an InputError: that is meant to be read as a sentence.
+    """
+    if isinstance(error, SyntaxError) and error.filename in _RUN:
+        return "".join(traceback.format_exception_only(error))
+    place = error.__traceback__
+    while place and place.tb_frame.f_code.co_filename not in _RUN:
+        place = place.tb_next
+    if place is None:
+        return None
+    last = place
+    while last.tb_next:
+        last = last.tb_next
+    if isinstance(error, InputError) and last.tb_frame.f_code.co_filename in _RUN:
+        return None
+    return "".join(traceback.format_exception(type(error), error, place))
+
+
+def _parts(reference, what):
+    path, colon, name = str(reference).rpartition(":")
+    if not (colon and path.endswith(".py") and name.isidentifier()):
+        example = _EXAMPLE.get(what, "MyClass")
+        raise InputError(f"{what} is {reference!r}, it must be FILE.py:NAME, such as my.py:{example}")
+    return Path(path), name
+
+
+def _read(path, what):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{what} names {path}, which cannot be read ({error.strerror}); "
+            f"paths are relative to the working directory, {Path.cwd()}"
+        ) from None
+
+
+def _module(path, source):
+    key = (path.resolve(), hashlib.sha256(source).hexdigest())
+    if key not in _MODULES:
+        folder = str(key[0].parent)
+        if folder not in sys.path:
+            sys.path.append(folder)  # last: a neighbour must not hide an installed package
+        name = f"cllm_user_{path.stem}_{key[1][:12]}"
+        module = types.ModuleType(name)
+        module.__file__ = str(path)
+        sys.modules[name] = module  # dataclasses and pickle look a class's module up here
+        _RUN.add(str(path))
+        try:
+            exec(compile(source, str(path), "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+        _MODULES[key] = module
+    return _MODULES[key]
