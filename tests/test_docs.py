@@ -13,10 +13,10 @@ from cllm import cli, records
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 EXAMPLES = ROOT / "docs" / "examples"
-COMMANDS = [line for line in re.findall(r"^(cllm .*)$", GUIDE, re.MULTILINE)]
+COMMANDS = re.findall(r"^(cllm .*)$", GUIDE, re.MULTILINE)
 
 
-def run_example(name, **options):
+def run_example(name):
     done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, check=True)
     return done.stdout
 
@@ -35,8 +35,8 @@ def at_root(monkeypatch, tmp_path):
 
 def small(text_file):
     return [
-        "--data.source", str(text_file), "--train.max-steps", "6", "--model.n-layer", "2", "--model.n-embd", "32",
-        "--train.eval-interval", "3", "--schedule.warmup-steps", "2", "--schedule.min-lr", "0",
+        "--data.source", str(text_file), "--train.max-steps", "6", "--train.eval-interval", "3",
+        "--model.n-layer", "2", "--model.n-embd", "32", "--schedule.warmup-steps", "2", "--schedule.min-lr", "0",
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """An activation as NumPy code, forward and backward, checked against finite differences.
 
-Mish (Misra 2019) is x tanh(softplus(x)). Array code on Tensors would do, but a forward and a backward function of
-one's own keep less in memory and run faster.
+Mish (Misra 2019) is x tanh(softplus(x)). Array code on Tensors would do, but a forward and a backward
+function of one's own keep less in memory and run faster.
 
     python docs/examples/activation.py
 """

@@ -1,7 +1,7 @@
 """An attention variant as array code: each head's output passes through a learned gate.
 
-An attention module maps (B, T, C) to (B, T, C) and is built with the model's configuration. Everything here is
-ordinary Tensor arithmetic, so the gradients come from the tape; there is no backward pass to write.
+An attention module maps (B, T, C) to (B, T, C) and is built with the model's configuration. Everything here
+is ordinary Tensor arithmetic, so the gradients come from the tape; there is no backward pass to write.
 
     cllm train --model.attention docs/examples/attention_variant.py:GatedAttention --train.max-steps 200
 """

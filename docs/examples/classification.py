@@ -1,7 +1,7 @@
 """A classification task: which arm of a spiral a point belongs to.
 
-build() gets the run's configuration and the keys of [task] as arguments; it returns the model, the data and how to
-judge them. `cllm train` then does what it does for language models: schedule, clipping, records, checkpoints.
+build() gets the run's configuration and the keys of [task] as arguments; it returns the model, the data and
+how to judge them. `cllm train` then does what it does for language models: schedule, clipping, records, checkpoints.
 
     cllm train docs/examples/classification.toml
     cllm sweep docs/examples/classification_sweep.toml
@@ -50,7 +50,10 @@ def build(config, n_arms=3, noise=0.15, width=64, n_points=3000):
     return cllm.Task(
         model=Classifier(width, n_arms),
         train=Spirals(n_points, n_arms, noise, seed=0),
-        evals={"val": Spirals(1000, n_arms, noise, seed=1), "noisy": Spirals(1000, n_arms, 2 * noise, seed=2)},
+        evals={
+            "val": Spirals(1000, n_arms, noise, seed=1),
+            "noisy": Spirals(1000, n_arms, 2 * noise, seed=2),
+        },
         loss=cross_entropy,
         metrics={"accuracy": metrics.Accuracy(), "f1": metrics.F1(average="macro")},
     )

@@ -1,7 +1,7 @@
 """An optimizer of one's own: the sign of a running mean of the gradient (signSGD, Bernstein et al. 2018).
 
-A subclass of Optimizer says which arrays it keeps for each parameter, and how one step changes them. Groups, the
-checks, joining neighbouring parameters into one array, checkpoints and resuming are inherited. The
+A subclass of Optimizer says which arrays it keeps for each parameter, and how one step changes them. Groups,
+the checks, joining neighbouring parameters into one array, checkpoints and resuming are inherited. The
 constructor's arguments become keys of [optim]:
 
     cllm train --optim.name docs/examples/optimizer.py:SignSGD --optim.lr 1e-4 --optim.momentum 0.95
