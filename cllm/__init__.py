@@ -9,11 +9,14 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "Batch": "data",
     "GPT": "gpt",
     "GPTConfig": "gpt",
     "InputError": "errors",
+    "Task": "task",
     "Tensor": "tensor",
     "Trainer": "train",
+    "capture": "nn",
     "cat": "tensor",
     "einsum": "tensor",
     "evaluate": "train",
@@ -28,8 +31,8 @@ _HOMES = {
 }
 
 _MODULES = (
-    "checkpoint", "config", "data", "errors", "figures", "functional", "generate", "gpt", "kernels", "nn",
-    "optim", "records", "reference", "rng", "schedules", "sweep", "tensor", "train",
+    "checkpoint", "config", "data", "errors", "figures", "functional", "generate", "gpt", "kernels",
+    "metrics", "nn", "optim", "records", "reference", "rng", "schedules", "sweep", "task", "tensor", "train",
 )  # fmt: skip
 
 __all__ = ["__version__", *_HOMES, *_MODULES]

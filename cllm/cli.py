@@ -2,9 +2,9 @@
 
 Each command is a parser in `_parser` and a function of its name. Config keys are options too,
 `--SECTION.KEY VALUE`; they are taken out before argparse sees the rest, since which keys there are is
-`config`'s business. What a user got wrong ends in one sentence on stderr and exit status 2; any other
-exception is a bug of CLLM and shows its traceback. Heavy modules are imported by the command that needs
-them, so that `cllm --help` answers at once.
+`config`'s business. What a user got wrong ends in one sentence on stderr and exit status 2; an exception in
+a file of theirs shows their part of the traceback and ends with 1; any other is a bug of CLLM. Heavy
+modules are imported by the command that needs them, so that `cllm --help` answers at once.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import cllm
+from cllm import userfile
 from cllm.errors import InputError, nearest, plain_notes
 
 __all__ = ["main"]
@@ -40,7 +41,8 @@ def main(argv=None):
     Returns
     -------
     int
-        Exit status: 0, 2 for bad input, 130 after Ctrl-C, 141 when the reader of the output has gone.
+        Exit status: 0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 141 when the reader of the
+        output has gone.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a model may write what a terminal's encoding lacks: ? then
         sys.stdout.reconfigure(errors="replace")
@@ -55,11 +57,17 @@ def main(argv=None):
         return 141
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except InputError as error:
-        return _complain(error, 2)
-    except OSError as error:
-        plain = error.strerror is None or error.filename is None
-        return _complain(error if plain else f"{error.strerror}: {error.filename}", 2)
+    except Exception as error:
+        theirs = userfile.own_traceback(error)
+        if theirs is not None:
+            print(theirs, end="", file=sys.stderr)
+            return 1
+        if isinstance(error, InputError):
+            return _complain(error, 2)
+        if isinstance(error, OSError):
+            plain = error.strerror is None or error.filename is None
+            return _complain(error if plain else f"{error.strerror}: {error.filename}", 2)
+        raise
 
 
 def _complain(message, status):
@@ -143,6 +151,7 @@ class _Parser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             kind = "option" if name.startswith("-") else "argument"
             hint = nearest(name, [flag for flag in parser._option_string_actions if flag.startswith("--")])
+            hint = _key_hint(name, options.command) or hint
             raise InputError(f"unknown {kind} {name}{hint}; see {parser.prog} --help")
         return options
 
@@ -154,6 +163,19 @@ class _Parser(argparse.ArgumentParser):
             kind = "command" if action.dest == "command" else action.metavar or action.dest
             allowed = ", ".join(map(str, action.choices))
             raise InputError(f"unknown {kind} {value!r}{nearest(value, action.choices)}; allowed: {allowed}")
+
+
+def _key_hint(name, command):
+    """A hint at the config key whose last part an option is, as --lr is of --optim.lr; or ""."""
+    from cllm import config
+
+    if command not in ("train", "resume", "sweep") or not name.startswith("--"):
+        return ""
+    last = name[2:].replace("-", "_").removeprefix("no_")
+    keys = [key for key, _, _ in config.describe() if key.partition(".")[2] == last]
+    prefix = "base." if command == "sweep" else ""
+    options = [f'"--{prefix}{key}"'.replace("_", "-") for key in keys]
+    return f" (did you mean {' or '.join(options)}?)" if options else ""
 
 
 def _parser():
@@ -187,7 +209,7 @@ def _parser():
         _train,
         "train a model",
         "Train a GPT as a TOML file and options say; without either, a small GPT on the built-in text. "
-        "The run goes to --run.dir, by default runs/CONFIG-N.",
+        "The run goes to --run.dir, by default runs/CONFIG-N. [task] names a task of your own.",
         "cllm train",
         "cllm train char.toml --optim.lr 3e-3 --model.n-layer 6 --model.no-bias --run.dir runs/deeper",
         usage="cllm train [CONFIG.toml] [--SECTION.KEY VALUE ...]",
@@ -286,7 +308,10 @@ def _config_table():
             section = key.partition(".")[0]
             lines.append(f"  [{section}]")
         shown = "" if default is None else config.to_toml({"x": default}).partition(" = ")[2].strip()
-        lines.append(f"    --{key.replace('_', '-'):28} {shown:18} {words}".rstrip())
+        head = f"    --{key.replace('_', '-'):33} {shown:16} "
+        lines += textwrap.wrap(words, 108, initial_indent=head, subsequent_indent=" " * len(head))
+        if key == "task.run":
+            lines.append("    --task.KEY".ljust(len(head)) + "an argument of that function")
     return "\n".join(lines) + "\n"
 
 
@@ -350,6 +375,8 @@ def _sample(options):
     from cllm import train
 
     model, tokenizer = train.load(options.directory, checkpoint=options.checkpoint)
+    if tokenizer is None:
+        raise InputError(f"{options.directory} has no tokenizer, so it has no text to continue")
     text = _continued(
         model, tokenizer, options.prompt, options.max_new_tokens,
         temperature=options.temperature, top_k=options.top_k, seed=options.seed,

@@ -1,4 +1,4 @@
-"""A run's configuration: six sections, each a frozen dataclass beside its owner, to TOML and back.
+"""A run's configuration: sections, each a frozen dataclass beside its owner, to TOML and back.
 
 A section's fields and defaults are its dataclass's; here are the checks that all of them share: unknown
 sections and keys, types, NaN, and what holds between sections. Keys are dotted, ``optim.lr``. Each bad
@@ -15,12 +15,13 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from cllm import kernels, optim
+from cllm import gpt, kernels, metrics, optim, schedules, task, userfile
 from cllm.data import DataConfig
 from cllm.errors import InputError, nearest
 from cllm.gpt import GPTConfig
 from cllm.optim import OptimConfig
 from cllm.schedules import ScheduleConfig
+from cllm.task import LossConfig, TaskConfig
 
 __all__ = [
     "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "load", "optimizer_arguments",
@@ -47,6 +48,8 @@ class TrainConfig:
         Initial weights, batch order, dropout and generated lines follow from it.
     threads : int
         Threads of the kernels; 0 keeps what the process uses. Results do not depend on it.
+    metrics : list of str
+        Of `cllm.metrics.BY_NAME`: what evaluations measure besides the loss.
     """
 
     batch_size: int | typing.Literal["full"] = 12
@@ -57,6 +60,7 @@ class TrainConfig:
     checkpoint_interval: int = 500
     seed: int = 1337
     threads: int = 0
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("batch_size", "grad_accum", "max_steps"):
@@ -70,6 +74,12 @@ class TrainConfig:
             raise InputError(f"threads is {self.threads}, it must be at most {kernels.MAX_THREADS}")
         if self.seed >= 2**63:
             raise InputError(f"seed is {self.seed}, it must be below 2**63")
+        for name in self.metrics:
+            if name not in metrics.BY_NAME:
+                hint = nearest(name, metrics.BY_NAME)
+                raise InputError(f'metrics has "{name}"{hint}, it must be of {", ".join(metrics.BY_NAME)}')
+        if len(set(self.metrics)) < len(self.metrics):
+            raise InputError(f"metrics is {list(self.metrics)}, each must be there once")
 
 
 @dataclass(frozen=True)
@@ -83,15 +93,17 @@ class RunConfig:
 class Config:
     """A whole run's configuration. `model.vocab_size` is not part of it: the tokenizer decides."""
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: GPTConfig = field(default_factory=GPTConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if self.schedule.min_lr > self.optim.lr:
+        if (self.schedule.min_lr or 0) > self.optim.lr:
             raise InputError(
                 f"schedule.min_lr is {self.schedule.min_lr:g}, "
                 f"it must be at most optim.lr ({self.optim.lr:g})"
@@ -99,7 +111,18 @@ class Config:
 
 
 SECTIONS = {f.name: f.type for f in fields(Config)}
-_HIDDEN = {"model.vocab_size", "optim.arguments"}
+_HIDDEN = {"model.vocab_size", "optim.arguments", "task.arguments"}
+
+
+# What a string may be, for the help: those of a choice, and those that name something in a user's file.
+_CHOICES = {
+    "optim.name": tuple(optim.BY_NAME),
+    "optim.decay": ("all", "matrices"),
+    "schedule.name": schedules.NAMES,
+    "train.metrics": tuple(metrics.BY_NAME),
+    **{f"model.{name}": choices for name, choices in gpt.CHOICES.items()},
+}
+_OF_USER = {"task.build": "NAME", "task.run": "NAME", "optim.name": "CLASS", "model.attention": "CLASS"}
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -123,11 +146,14 @@ def load(path=None, overrides=None):
         When there is no such file.
     """
     nested = {} if path is None else read_toml(path)
+    if isinstance(nested.get("sweep"), dict) or "space" in nested:
+        raise InputError(f"{path} describes a sweep, not a run; run it with: cllm sweep {path}")
+    optimizer = (flatten(nested) | (overrides or {})).get("optim.name")
     try:
-        _check_keys(nested)
+        _check_keys(nested, optimizer)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    _check_keys(unflatten(overrides or {}))
+    _check_keys(unflatten(overrides or {}), optimizer)
     merged = flatten(nested) | (overrides or {})
     try:
         return from_dict(unflatten(merged))
@@ -160,12 +186,14 @@ def from_dict(nested):
     InputError
         Begins with the dotted key that is wrong, except for an unknown key.
     """
-    _check_keys(nested)
+    _check_keys(nested, flatten(nested).get("optim.name"))
     sections = {}
     for section, cls in SECTIONS.items():
         values = dict(nested.get(section, {}))
         if section == "optim":
             values = _gather_arguments(values)
+        elif section == "task":
+            values = _gather_task_arguments(values)
         hints = typing.get_type_hints(cls)
         for name, value in values.items():
             if f"{section}.{name}" not in _HIDDEN:
@@ -204,9 +232,12 @@ def parse_value(text, key=None):
         return text
 
 
-def _check_keys(nested):
-    """Raise for a section or key that no config has; the optimizers' own arguments are all allowed here."""
-    known = {section: _keys(section) for section in SECTIONS}
+def _check_keys(nested, optimizer):
+    """Raise for a section or key that no config has; the optimizers' own arguments are all allowed here.
+
+    `optimizer` is the optim.name that holds in the end: a user's own brings arguments of its own.
+    """
+    known = {section: _keys(section, optimizer) for section in SECTIONS}
     dotted = [f"{section}.{name}" for section, names in known.items() for name in names]
     for section, values in nested.items():
         if section not in SECTIONS:
@@ -215,7 +246,7 @@ def _check_keys(nested):
             raise InputError(f"unknown key {key}{hint}; sections are {', '.join(SECTIONS)}")
         if not isinstance(values, dict):
             raise InputError(f"{section} is {values!r}, it must be a section: [{section}]")
-        for name in values:
+        for name in values if section != "task" else ():  # that one's keys are the function's business
             if name not in known[section]:
                 close = nearest(name, known[section])
                 hint = (
@@ -234,11 +265,12 @@ def _homonym(name, known):
     return ""
 
 
-def _keys(section):
-    """The keys that [section] may hold, whichever optimizer is chosen."""
+def _keys(section, optimizer=None):
+    """The keys that [section] may hold, whichever built-in optimizer is chosen, or with a user's own."""
     names = [f.name for f in fields(SECTIONS[section]) if f"{section}.{f.name}" not in _HIDDEN]
     if section == "optim":
-        names += sorted({key for name in optim.BY_NAME for key in optimizer_arguments(name)} - set(names))
+        optimizers = [*optim.BY_NAME, *filter(userfile.is_reference, [optimizer])]
+        names += sorted({key for name in optimizers for key in optimizer_arguments(name)} - set(names))
     return names
 
 
@@ -247,8 +279,6 @@ def _gather_arguments(values):
     own = typing.get_type_hints(OptimConfig)
     values = {"name": OptimConfig().name, **values}
     name = _typed(values["name"], own["name"], "optim.name")
-    if name not in optim.BY_NAME:
-        return {"name": name}  # OptimConfig says so
     hints = optimizer_arguments(name)
     arguments = {}
     for key in [key for key in values if key not in own]:
@@ -258,10 +288,55 @@ def _gather_arguments(values):
     return {**values, "arguments": arguments}
 
 
+def _gather_task_arguments(values):
+    """[task]'s flat keys as TaskConfig's fields, the function's arguments checked against its defaults."""
+    values = dict(values)
+    names = {key: values.pop(key) for key in ("build", "run") if key in values}
+    for key, reference in names.items():
+        _typed(reference, str, f"task.{key}")
+    found = TaskConfig(**names)  # says when both are set
+    if found.key is None:
+        if values:
+            name = next(iter(values))
+            hint = nearest(name, ("build", "run")).replace('"', '"task.', 1)
+            raise InputError(f"task.{name} is set{hint}, but neither task.build nor task.run is")
+        return {}
+    if found.build == task.GIVEN:
+        return {**names, "arguments": values}
+    known = task.arguments(found.key, found.reference)
+    plain = (bool, int, float, str, list, tuple)  # any other default stays with the function
+    arguments = {
+        name: default for name, default in (known or {}).items()
+        if isinstance(default, plain) or default is inspect.Parameter.empty
+    }  # fmt: skip
+    for name, value in values.items():
+        if known is not None and name not in known:
+            takes = f"which takes {', '.join(known)}" if known else "which takes none"
+            hint = nearest(name, known).replace('"', '"task.', 1)
+            raise InputError(f"task.{name} is not an argument of {found.reference}{hint}, {takes}")
+        arguments[name] = _typed(value, _hint_of_default(arguments.get(name)), f"task.{name}")
+    for name, value in arguments.items():
+        if value is inspect.Parameter.empty:
+            raise InputError(f"task.{name} is missing, {found.reference} has no default for it")
+    return {**names, "arguments": arguments}
+
+
+def _hint_of_default(default):
+    """The type that an argument with this default may have; without one, all that TOML has in one line."""
+    if default is None or default is inspect.Parameter.empty:
+        return bool | int | float | str | list
+    if isinstance(default, tuple):
+        return tuple[tuple(map(_hint_of_default, default))] if default else tuple[float, ...]
+    for kind in (bool, int, float, str):
+        if isinstance(default, kind):
+            return kind
+    return list if isinstance(default, list) else bool | int | float | str | list
+
+
 def notes(config):
     """What is allowed in a `Config`, but is seldom meant: sentences for the user."""
     warmup, steps = config.schedule.warmup_steps, config.train.max_steps
-    if warmup <= steps:
+    if warmup is None or warmup <= steps:
         return []
     return [
         f"schedule.warmup_steps is {warmup} and train.max_steps is {steps}: the learning rate only reaches "
@@ -270,14 +345,16 @@ def notes(config):
 
 
 def optimizer_arguments(name):
-    """An optimizer's own arguments and their types, which its constructor's defaults show."""
-    parameters = inspect.signature(optim.BY_NAME[name]).parameters
-    return {
-        key: tuple[(float,) * len(p.default)] if isinstance(p.default, tuple)
-        else bool if isinstance(p.default, bool) else float
-        for key, p in parameters.items()
-        if key not in ("params", "lr")
-    }
+    """An optimizer's own arguments and their types, which its constructor's annotations or defaults show."""
+    hints = {}
+    for key, parameter in optim.arguments(name).items():
+        hint = parameter.annotation
+        plain = (bool, int, float, str, types.NoneType)
+        if not all(x in plain or typing.get_origin(x) in (tuple, typing.Literal) for x in _options(hint)):
+            hint = _hint_of_default(parameter.default)
+            hint = int | float if hint is int else hint  # momentum=0 may become 0.9
+        hints[key] = hint
+    return hints
 
 
 # Types -----------------------------------------------------------------------------------------------
@@ -307,6 +384,8 @@ def _fits(value, option):
         return number and math.isfinite(value)
     if typing.get_origin(option) is tuple:
         parts = typing.get_args(option)
+        if parts[-1] is Ellipsis:  # a list of any length; one value stands for a list of one
+            return all(_fits(part, parts[0]) for part in _listed(value))
         return (
             isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
         )
@@ -317,8 +396,15 @@ def _fits(value, option):
 
 def _converted(value, option):
     if typing.get_origin(option) is tuple:
-        return tuple(map(_converted, value, typing.get_args(option)))
+        parts = typing.get_args(option)
+        if parts[-1] is Ellipsis:
+            return tuple(_converted(part, parts[0]) for part in _listed(value))
+        return tuple(map(_converted, value, parts))
     return option(value) if option in (int, float) else value
+
+
+def _listed(value):
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _choices(option):
@@ -332,10 +418,14 @@ def _described(options):
 
 def _named(option):
     if typing.get_origin(option) is tuple:
-        return f"a list of {len(typing.get_args(option))} numbers"
+        parts = typing.get_args(option)
+        if parts[-1] is Ellipsis:
+            return {str: "a list of strings", int: "a list of integers"}.get(parts[0], "a list of numbers")
+        return f"a list of {len(parts)} {'values' if str in parts else 'numbers'}"
     if _choices(option):
         return " or ".join(f'"{choice}"' for choice in _choices(option))
-    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}[option]
+    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string",
+            list: "a list"}[option]
 
 
 def _shown(value):
@@ -360,6 +450,8 @@ def to_dict(config):
             for name, value in values.items()
             if value is not None and f"{section}.{name}" not in _HIDDEN
         }
+    if not nested["task"]:
+        del nested["task"]  # language modelling on [data] and [model]
     return nested
 
 
@@ -454,5 +546,11 @@ def describe():
                 hints = {**optimizer_arguments(name), **hints}
         for name in _keys(section):
             key = f"{section}.{name}"
-            rows.append((key, _described(_options(hints[name])), defaults.get(key)))
+            words = _described(_options(hints[name]))
+            if key in _CHOICES:
+                words = " or ".join(f'"{choice}"' for choice in _CHOICES[key])
+                words = f"a list of {words}" if isinstance(defaults.get(key), list) else words
+            if key in _OF_USER:
+                words = f"{words} or " * (key in _CHOICES) + f'"FILE.py:{_OF_USER[key]}"'
+            rows.append((key, words, defaults.get(key)))
     return rows

@@ -1,7 +1,7 @@
-"""Records -> matplotlib figures.
+"""Records -> matplotlib figures; and one of attention weights.
 
-Each function takes runs (`records.load`) and returns a `matplotlib.figure.Figure`; nothing is shown and no
-global state of matplotlib is touched. Colours and fonts come from `cllm.mplstyle` alone.
+They take runs (`records.load`), `attention` an array; they return a `matplotlib.figure.Figure`, show nothing
+and touch no global state of matplotlib. Colours and fonts come from `cllm.mplstyle` alone.
 """
 
 import functools
@@ -15,11 +15,14 @@ from cllm import records
 from cllm.errors import InputError, nearest
 from cllm.verdict import plus_minus
 
-__all__ = ["against", "for_directory", "loss_curves", "save"]
+__all__ = ["against", "attention", "for_directory", "loss_curves", "metric_curves", "save"]
 
 STYLE = Path(__file__).with_name("cllm.mplstyle")
 MARKERS = "osD^vP<"  # one for each colour of the style, so that a print in black and white can be read
 MAX_LINES = len(MARKERS)
+MAX_PANELS = 8
+# What `metric_curves` draws only when it is asked to: what the loss curves show, or what time it took.
+NOT_METRICS = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "seconds")
 
 # What an axis says for a key; any other key stands for itself.
 AXIS_NAMES = {
@@ -41,6 +44,7 @@ AXIS_NAMES = {
     "train.seed": "seed",
 }
 SPLIT_NAMES = {"train": "training", "val": "validation"}
+LINESTYLES = ("--", ":", "-.", "-", (0, (5, 1, 1, 1, 1, 1)))
 
 
 def _styled(function):
@@ -58,7 +62,9 @@ def _styled(function):
 
 @_styled
 def loss_curves(runs):
-    """Training and validation loss over steps; learning rate and gradient norm below.
+    """Training and validation loss over steps; learning rate and gradient norm below, where recorded.
+
+    Without a split "val" the first other one that has a loss stands in its place.
 
     Runs that differ in nothing but their seed share a colour: lines are means over the seeds, the band
     spans the seeds' lowest and highest validation loss, faint lines are each seed's raw training loss.
@@ -89,8 +95,12 @@ def loss_curves(runs):
         groups = sorted(groups, key=lambda group: _mean_end(group[1]))[:MAX_LINES]
     n_seeds = max(len(group) for _, group in groups)
 
-    figure = Figure(figsize=(7.6, 6.4))
-    loss_axes, lr_axes, norm_axes = figure.subplots(3, 1, sharex=True, height_ratios=[3.2, 1, 1])
+    below = [key for key in ("lr", "grad_norm") if any(len(run.series("train", key)[0]) for run in runs)]
+    figure = Figure(figsize=(7.6, 4 + 1.2 * len(below)))
+    panels = figure.subplots(1 + len(below), 1, sharex=True, height_ratios=[3.2] + [1] * len(below))
+    loss_axes, *others = np.atleast_1d(panels)
+    axes_of = dict(zip(below, others))
+    split = _followed(runs)
     faint = 0.3 / math.sqrt(sum(len(group) for _, group in groups))
     legend = []
     peaks = []
@@ -102,37 +112,42 @@ def loss_curves(runs):
             loss_axes.plot(*raw, color=color, alpha=faint, linewidth=0.6, zorder=1, rasterized=True)
         steps, losses = _together(group, "train", "loss")
         loss_axes.plot(steps, _smooth(losses.mean(0)), color=color, linewidth=1.3, zorder=3)
-        steps, losses = _together(group, "val", "loss")
+        steps, losses = _together(group, split, "loss")
         loss_axes.plot(steps, losses.mean(0), color=color, linestyle="--", marker=marker, zorder=4)
         if len(group) > 1:
             low, high = losses.min(0), losses.max(0)
             loss_axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, zorder=2)
-        steps, lrs = _together(group, "train", "lr")
-        lr_axes.plot(steps, lrs.mean(0), color=color)
-        peaks.append(lrs.max(initial=0.0))
-        steps, norms = _together(group, "train", "grad_norm")
-        norm_axes.plot(steps, _smooth(norms.mean(0)), color=color, linewidth=1.3)
+        if "lr" in axes_of:
+            steps, lrs = _together(group, "train", "lr")
+            axes_of["lr"].plot(steps, lrs.mean(0), color=color)
+            peaks.append(lrs.max(initial=0.0))
+        if "grad_norm" in axes_of:
+            steps, norms = _together(group, "train", "grad_norm")
+            axes_of["grad_norm"].plot(steps, _smooth(norms.mean(0)), color=color, linewidth=1.3)
 
     start = max(run.series("train", "loss")[1][0] for run in runs)
     if math.isfinite(start):  # a run that blows up must not flatten the others
         loss_axes.set_ylim(top=min(loss_axes.get_ylim()[1], 1.1 * start))
-    if min(peaks) > 0 and max(peaks) >= 10 * min(peaks):
-        lr_axes.set_yscale("log", nonpositive="mask")
-        lr_axes.set_ylim(bottom=min(peaks) / 30)  # a decay to 0 would stretch the axis without end
-    else:
-        lr_axes.set_ylim(bottom=0)
-    norms = np.concatenate([line.get_ydata() for line in norm_axes.get_lines()])
-    norms = norms[np.isfinite(norms) & (norms > 0)]
-    if len(norms) and norms.max() >= 10 * norms.min():
-        norm_axes.set_yscale("log")
-    for axes in (lr_axes, norm_axes):
+    if "lr" in axes_of:
+        if min(peaks) > 0 and max(peaks) >= 10 * min(peaks):
+            axes_of["lr"].set_yscale("log", nonpositive="mask")
+            axes_of["lr"].set_ylim(bottom=min(peaks) / 30)  # a decay to 0 would stretch the axis without end
+        else:
+            axes_of["lr"].set_ylim(bottom=0)
+        axes_of["lr"].set_ylabel("learning rate")
+    if "grad_norm" in axes_of:
+        norms = np.concatenate([line.get_ydata() for line in axes_of["grad_norm"].get_lines()])
+        norms = norms[np.isfinite(norms) & (norms > 0)]
+        if len(norms) and norms.max() >= 10 * norms.min():
+            axes_of["grad_norm"].set_yscale("log")
+        axes_of["grad_norm"].set_ylabel("gradient norm")
+    for axes in axes_of.values():
         _plain_log_ticks(axes)
 
-    loss_axes.set_ylabel(f"loss ({_loss_unit(runs)})")
-    lr_axes.set_ylabel("learning rate")
-    norm_axes.set_ylabel("gradient norm")
-    norm_axes.set_xlabel("step")
-    norm_axes.set_xlim(left=0)
+    loss_axes.set_ylabel("loss" + _loss_unit(runs))
+    last = others[-1] if others else loss_axes
+    last.set_xlabel("step")
+    last.set_xlim(left=0)
     figure.align_ylabels()
     shown = f"best {len(groups)} of {n_settings} settings" if n_settings > len(groups) else ""
     seeds = f"{n_seeds} seeds each" if n_seeds > 1 else ""
@@ -143,7 +158,90 @@ def loss_curves(runs):
     legend += [
         Line2D([], [], **gray, linewidth=1.3, label="training, smoothed"),
         Line2D([], [], **gray, linewidth=0.6, alpha=0.6, label="training, raw"),
-        Line2D([], [], **gray, linestyle="--", label="validation" + over_seeds),
+        Line2D([], [], **gray, linestyle="--", label=SPLIT_NAMES.get(split, split) + over_seeds),
+    ]
+    figure.legend(handles=legend, loc="outside right upper")
+    return figure
+
+
+@_styled
+def metric_curves(runs, metrics=None):
+    """What was measured besides the loss, over steps: a panel for each metric, a kind of line a split.
+
+    Runs that differ in nothing but their seed share a colour: means over the seeds, and a band from the
+    lowest to the highest.
+
+    Parameters
+    ----------
+    runs : list of records.Run
+        Of more than seven settings, the first seven are drawn.
+    metrics : list of str, optional
+        Names in the records, "loss" included; by default all numbers but those of the loss curves and of
+        time, at most eight.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InputError
+        When no run has recorded one of `metrics`, or any metric at all.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    recorded = dict.fromkeys(name for run in runs for name in run.names())
+    splits_of = {}  # metric -> the splits that have it
+    for name in recorded:
+        split, _, metric = name.partition(".")
+        if all(_is_series(run, split, metric) for run in runs):
+            splits_of.setdefault(metric, []).append(split)
+    for metric in metrics or ():
+        if metric not in splits_of:
+            raise InputError(f'no run has recorded "{metric}"{nearest(metric, splits_of)}')
+    found = metrics or _metrics(splits_of)
+    if not found:
+        raise InputError("these runs have recorded no metric besides the loss, so there is none to draw")
+    chosen = found[:MAX_PANELS]
+    groups = _by_setting(runs, over=("train.seed",))
+    splits = list(dict.fromkeys(split for metric in chosen for split in splits_of[metric]))
+    styles = {split: LINESTYLES[index % len(LINESTYLES)] for index, split in enumerate(splits)}
+
+    figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(chosen)))
+    panels = np.atleast_1d(figure.subplots(len(chosen), 1, sharex=True))
+    for axes, metric in zip(panels, chosen):
+        for index, ((_, group), marker) in enumerate(zip(groups, MARKERS)):
+            for split in splits_of[metric]:
+                having = [run for run in group if f"{split}.{metric}" in run.names()]
+                if not having:
+                    continue
+                steps, values = _together(having, split, metric)
+                look = {"color": f"C{index}", "linestyle": styles[split]}
+                look |= {"marker": marker} if len(steps) <= 50 else {}
+                axes.plot(steps, values.mean(0), **look, zorder=3)
+                if len(having) > 1:
+                    band = {"color": f"C{index}", "alpha": 0.2, "linewidth": 0, "zorder": 2}
+                    axes.fill_between(steps, values.min(0), values.max(0), **band)
+        axes.set_ylabel(metric + (_loss_unit(runs) if metric == "loss" else ""))
+    panels[-1].set_xlabel("step")
+    panels[-1].set_xlim(left=0)
+    figure.align_ylabels()
+    n_seeds = max(len(group) for _, group in groups)
+    words = [
+        "Metrics over training",
+        f"first {len(chosen)} of {len(found)}" if len(found) > len(chosen) else "",
+        f"first {MAX_LINES} of {len(groups)} settings" if len(groups) > MAX_LINES else "",
+        f"mean and range of {n_seeds} seeds" if n_seeds > 1 else "",
+    ]
+    panels[0].set_title(", ".join(filter(None, words)), loc="left")
+    legend = [
+        Line2D([], [], color=f"C{index}", marker=marker, label=label)
+        for index, ((label, _), marker) in enumerate(zip(groups, MARKERS))
+    ]
+    legend += [
+        Line2D([], [], color="0.4", linestyle=style, label=SPLIT_NAMES.get(split, split))
+        for split, style in styles.items()
     ]
     figure.legend(handles=legend, loc="outside right upper")
     return figure
@@ -163,6 +261,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     runs : list of records.Run
     x : str
         Dotted key of the config, such as "optim.lr". Its axis is logarithmic when it spans a decade or more.
+        Keys that move together, "model.n_embd,model.n_head", share the axis: it is that of the first whose
+        numbers are all different.
     y : str
         SPLIT.METRIC of the records, such as "val.loss".
     over : str
@@ -185,23 +285,30 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     from matplotlib.lines import Line2D
 
     known = sorted(set().union(*(run.config for run in runs)))
-    runs = [run for run in runs if x in run.config]
-    if not runs:
-        raise InputError(f'no run has the key "{x}" in its config{nearest(x, known)}')
+    keys = [key.strip() for key in x.split(",")]
+    for key in keys:
+        runs = [run for run in runs if key in run.config]
+        if not runs:
+            raise InputError(f'no run has the key "{key}" in its config{nearest(key, known)}')
     ends = {id(run): _end(run, y, at, goal) for run in runs}
     if all(map(math.isnan, ends.values())):
-        raise InputError(f'no finished run has recorded "{y}"')
+        recorded = dict.fromkeys(name for run in runs for name in run.names())
+        raise InputError(f'no finished run has recorded "{y}"{"" if y in recorded else nearest(y, recorded)}')
     sign = 1 if goal == "minimize" else -1
 
-    ticks = _distinct([run.config[x] for run in runs])
-    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in ticks)
-    places = {_hashable(value): value if numeric else i for i, value in enumerate(ticks)}
+    at_x = {id(run): _values(run, keys) for run in runs}
+    ticks = list(dict.fromkeys(at_x.values()))
+    axis = next((i for i in range(len(keys)) if _is_axis([value[i] for value in ticks])), None)
+    numeric = axis is not None
+    if numeric:
+        ticks.sort(key=lambda value: value[axis])
+    places = {value: value[axis] if numeric else i for i, value in enumerate(ticks)}
     lines = []  # (label, [(place, value of x, values of y)])
-    for label, group in _by_setting(runs, over=(over, x)):
+    for label, group in _by_setting(runs, over=(over, *keys)):
         points = []
-        for value in _distinct([run.config[x] for run in group]):
-            values = np.array([ends[id(run)] for run in group if run.config[x] == value])
-            points.append((places[_hashable(value)], value, values))
+        for value in dict.fromkeys(at_x[id(run)] for run in group):
+            values = np.array([ends[id(run)] for run in group if at_x[id(run)] == value])
+            points.append((places[value], value, values))
         lines.append((label, sorted(points, key=lambda point: point[0])))
     n_lines = len(lines)
     if n_lines > MAX_LINES:
@@ -226,7 +333,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
             error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
             complete.append((place + shift, values.mean(), error))
             if best is None or sign * values.mean() < best[0]:
-                words = f"{_short(x)} = {_text(value)}" + (f", {label}" if len(lines) > 1 else "")
+                short = ", ".join(map(_short, keys))
+                words = f"{short} = {_together_text(value)}" + (f", {label}" if len(lines) > 1 else "")
                 words = f"best: {words}: {plus_minus(values.mean(), error)}"
                 best = (sign * values.mean(), place + shift, color, words)
         if complete:
@@ -247,18 +355,18 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         cross = {"marker": "X", "markersize": 8, "linestyle": "none"}
         legend.append(Line2D([], [], color="0.25", **cross, label="failed or diverged, of all runs there"))
 
-    if numeric and min(places) > 0 and max(places) >= 10 * min(places):
+    if numeric and min(places.values()) > 0 and max(places.values()) >= 10 * min(places.values()):
         axes.set_xscale("log")
     if not numeric or len(ticks) <= 8:
-        axes.set_xticks(list(places.values()), [_text(value) for value in ticks])
+        axes.set_xticks(list(places.values()), [_together_text(value) for value in ticks])
         axes.set_xticks([], minor=True)
     if not numeric:
         axes.set_xlim(-0.5, len(ticks) - 0.5)
 
     split, _, metric = y.partition(".")
     name = f"{SPLIT_NAMES.get(split, split)} {metric}"
-    unit = f" ({_loss_unit(runs)})" if metric == "loss" else ""
-    axes.set_xlabel(AXIS_NAMES.get(x, x))
+    unit = _loss_unit(runs) if metric == "loss" else ""
+    axes.set_xlabel(", ".join(AXIS_NAMES.get(key, key) for key in keys))
     axes.set_ylabel(name + unit)
     title = f"{name[0].upper()}{name[1:]} at {'the last step' if at == 'last' else 'its best'}"
     spread = f": mean ± standard error, {n_replicates} {replicate}s"
@@ -267,6 +375,78 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         title += f"; best {len(lines)} of {n_lines} settings"
     axes.set_title(title, loc="left")
     figure.legend(handles=legend, loc="outside lower center", ncols=2 if len(legend) > 3 else len(legend))
+    return figure
+
+
+@_styled
+def attention(weights, tokens=None):
+    """The attention weights of one layer's heads on one sequence: a small picture for each head.
+
+    Rows are queries, columns keys. All heads share one colour scale, so that they can be compared; a weight
+    of exactly 0, such as that of a key that a query must not see, is gray.
+
+    ::
+
+        with cllm.capture(model, "h.*.attn.weights") as seen:
+            model(tokenizer.encode(text)[None])
+        figures.attention(seen["h.0.attn.weights"][0], list(text)).savefig("heads.png")
+
+    Parameters
+    ----------
+    weights : (H, T, S) array
+        Of H heads, T queries and S keys.
+    tokens : sequence of str, optional
+        The S tokens, to label the axes; the queries are the last T of them. Beyond 48 there is no room
+        for labels, and positions are counted instead.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InputError
+        When weights have another shape or are not finite, or tokens another number.
+    """
+    from matplotlib.figure import Figure
+
+    weights = np.asarray(weights)
+    if weights.ndim != 3 or weights.dtype.kind != "f" or not weights.size:
+        hint = "; of a batch take one sequence, weights[0]" if weights.ndim == 4 else ""
+        raise InputError(f"weights are {weights.dtype} {weights.shape}, they must be floats (H, T, S){hint}")
+    if not np.isfinite(weights).all():
+        raise InputError("weights hold NaN or infinity, they must be finite")
+    H, T, S = weights.shape
+    if tokens is not None and len(tokens) != S:
+        raise InputError(f"tokens are {len(tokens)}, they must be {S}: one for each key of the weights")
+    n_columns = min(H, 4) if H != 6 and H != 9 else 3
+    n_rows = -(-H // n_columns)
+    height = 1.9 * min(max(T / S, 0.4), 2.5)
+    figure = Figure(figsize=(1.9 * n_columns + 1.1, height * n_rows + 0.9))
+    grid = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[H:]:
+        axes.set_axis_off()
+    shown = np.ma.masked_equal(weights, 0)
+    for head, axes in enumerate(grid.flat[:H]):
+        picture = axes.imshow(
+            shown[head], cmap="Blues", vmin=0, vmax=weights.max(), aspect="auto", interpolation="nearest"
+        )
+        axes.set_facecolor("0.9")
+        axes.set_title(f"head {head}", loc="left")
+        axes.grid(False)
+        axes.label_outer()
+    if tokens is not None and S <= 48:
+        words = [_visible(token) for token in tokens]
+        size = 9 if S <= 12 else 6.5 if S <= 24 else 4
+        across = {"rotation": 90} if max(map(len, words)) > 1 else {}
+        grid[0, 0].set_xticks(range(S), words)
+        grid[0, 0].set_yticks(range(T), words[S - T :])
+        for axes in grid.flat[:H]:
+            axes.tick_params(length=0, labelsize=size)
+            axes.tick_params(axis="x", **across)
+    figure.supxlabel("key" if tokens is not None else "key position", fontsize=10)
+    figure.supylabel("query" if tokens is not None else "query position", fontsize=10)
+    figure.colorbar(picture, ax=grid, label="attention weight", aspect=30)
     return figure
 
 
@@ -286,8 +466,9 @@ def save(figure, stem):
 def for_directory(path, out=None):
     """Draw the figures that suit a run's or a sweep's directory.
 
-    A run gives its loss curves. A sweep gives those of its settings, and its objective against each key
-    that it varied, unless all of its trials failed.
+    A run gives its loss curves and, when it has recorded other metrics, theirs. A sweep gives those of its
+    settings, and its objective against each key that it varied, or keys that move together, unless all of
+    its trials failed.
 
     Parameters
     ----------
@@ -308,12 +489,16 @@ def for_directory(path, out=None):
         resolved = tomllib.loads((path / "sweep.toml").read_text(encoding="utf-8"))
         sweep = resolved["sweep"]
         how = {"y": sweep["objective"], "at": sweep["at"], "goal": sweep["goal"]}
-        swept = {key.strip() for block in resolved["space"] for keys in block for key in keys.split(",")}
         if not all(math.isnan(_end(run, **how)) for run in runs):
-            for key in _varied(runs, but=("train.seed",)):
-                if key in swept:
-                    paths += save(against(runs, key, **how), out / f"{sweep['objective']}-against-{key}")
-    return paths + save(loss_curves(runs), out / "loss_curves")
+            for keys in _axes(resolved["space"], _varied(runs, but=("train.seed",))):
+                stem = f"{sweep['objective']}-against-{'+'.join(keys)}"
+                paths += save(against(runs, ",".join(keys), **how), out / stem)
+    names = {name for run in runs for name in run.names()}
+    if "train.loss" in names:
+        paths += save(loss_curves(runs), out / "loss_curves")
+    if any(_is_metric(name.partition(".")[2]) for name in names) or "train.loss" not in names:
+        paths += save(metric_curves(runs), out / "metric_curves")
+    return paths
 
 
 # Which runs belong together --------------------------------------------------------------------------
@@ -330,6 +515,19 @@ def _varied(runs, but):
         if key not in ("run.dir", "train.threads", *but) and any(value != having[0] for value in having):
             varied.append(key)
     return varied
+
+
+def _axes(space, varied):
+    """The varied keys of a sweep's space as the axes of its figures: those that move together are one."""
+    together = []  # groups of keys
+    for block in space:
+        for keys in block:
+            group = [key for key in map(str.strip, keys.split(",")) if key in varied]
+            near = [other for other in together if set(other) & set(group)]
+            together = [other for other in together if other not in near]
+            merged = list(dict.fromkeys(key for other in [*near, group] for key in other))
+            together += [merged] if merged else []
+    return together
 
 
 def _by_setting(runs, over):
@@ -349,9 +547,9 @@ def _by_setting(runs, over):
 def _end(run, y, at, goal):
     """The run's value of `y`; NaN when it did not finish, recorded none, or ended above its first loss."""
     split, _, metric = y.partition(".")
-    values = run.series(split, metric)[1]
-    if run.state != "finished" or not len(values):
+    if run.state != "finished" or y not in run.names():
         return math.nan
+    values = run.series(split, metric)[1]
     starts = run.series("train", "loss")[1]
     if metric == "loss" and len(starts) and not values[-1] <= starts[0]:
         return math.nan
@@ -362,7 +560,37 @@ def _end(run, y, at, goal):
 
 def _mean_end(group):
     """The group's mean last validation loss; infinite when one of its runs has none."""
-    return _mean_or_inf(np.array([_end(run, "val.loss", "last", "minimize") for run in group]))
+    split = _followed(group)
+    return _mean_or_inf(np.array([_end(run, f"{split}.loss", "last", "minimize") for run in group]))
+
+
+def _followed(runs):
+    """The split whose loss is drawn beside that of training: "val", or the first other one that has one."""
+    names = [name for run in runs for name in run.names()]
+    others = [name.partition(".")[0] for name in names if name.endswith(".loss") and name != "train.loss"]
+    return "val" if "val" in others or not others else others[0]
+
+
+def _metrics(splits_of):
+    """The metrics to draw unless told: none that the loss curves have, but the loss of several splits."""
+    evaluated = [split for split in splits_of.get("loss", []) if split != "train"]
+    found = [metric for metric in splits_of if _is_metric(metric)]
+    return ["loss"] * (len(evaluated) > 1) + found
+
+
+def _is_metric(name):
+    return name not in NOT_METRICS and not name.startswith(("time", "memory"))
+
+
+def _is_series(run, split, metric):
+    """Whether the run's records of a number can be drawn; a matrix cannot."""
+    if f"{split}.{metric}" not in run.names():
+        return True
+    try:
+        run.series(split, metric)
+    except InputError:
+        return False
+    return True
 
 
 def _mean_or_inf(values):
@@ -372,7 +600,8 @@ def _mean_or_inf(values):
 
 def _together(group, split, key):
     """(steps that all runs of the group recorded, values with one row a run)."""
-    series = [run.series(split, key) for run in group]
+    nothing = np.zeros(0), np.zeros(0)
+    series = [run.series(split, key) if f"{split}.{key}" in run.names() else nothing for run in group]
     steps = functools.reduce(np.intersect1d, (at for at, _ in series))
     return steps, np.array([values[np.isin(at, steps)] for at, values in series], dtype=np.float64)
 
@@ -422,10 +651,12 @@ def _plain_log_ticks(axes):
 
 
 def _loss_unit(runs):
+    """What an axis adds to "loss"; nothing for a task of the user's own, whose loss may be anything."""
+    if any({"task.build", "task.run"} & set(run.config) for run in runs):
+        return ""
     tokenizers = {run.config.get("data.tokenizer") for run in runs}
-    return {"char": "nats per character", "byte": "nats per byte"}.get(
-        tokenizers.pop() if len(tokenizers) == 1 else None, "nats per token"
-    )
+    units = {"char": " (nats per character)", "byte": " (nats per byte)"}
+    return units.get(tokenizers.pop() if len(tokenizers) == 1 else None, " (nats per token)")
 
 
 def _short(key):
@@ -434,8 +665,28 @@ def _short(key):
     return section if name == "name" else name
 
 
+def _values(run, keys):
+    """The run's values of some keys, to be compared."""
+    return tuple(_hashable(run.config[key]) for key in keys)
+
+
+def _is_axis(values):
+    """Whether values can be places on an axis: numbers, and no two the same."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and len(set(values)) == len(values)
+
+
+def _together_text(values):
+    return ", ".join(map(_text, values))
+
+
 def _text(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _visible(token):
+    """A token whose blanks can be seen on an axis."""
+    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def _hashable(value):

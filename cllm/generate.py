@@ -12,7 +12,9 @@ __all__ = ["generate"]
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None, seed=0):
     """Continue token sequences.
 
-    The model sees the last block_size tokens. It runs in eval mode and is left as it was.
+    While a sequence fits into block_size, the model sees all of it. A full window goes on from its last
+    block_size // 2 tokens until it is full again, so that a key/value cache serves any length and a
+    token costs one position's computation. The model runs in eval mode and is left as it was.
 
     Parameters
     ----------
@@ -53,11 +55,21 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=None, seed=0)
     sequence[:, :n_given] = given
     generator = rng.initial_generator(seed, "generate")
     block_size, training = model.config.block_size, model.training
+    cache = model.new_cache(len(sequence)) if len(sequence) and model.takes_cache else None
+    start = fed = max(0, n_given - block_size)  # where the window begins; where the cache ends
     model.eval()
     try:
         with no_grad():
             for end in range(n_given, sequence.shape[1]):
-                features = model.features(sequence[:, max(0, end - block_size) : end])
+                if end - start > block_size:
+                    start = fed = end - max(1, block_size // 2)
+                    if cache is not None:
+                        cache.rewind(cache.lengths)
+                if cache is None:
+                    features = model.features(sequence[:, start:end])
+                else:
+                    features = model.features(sequence[:, fed:end], cache)
+                    fed = end
                 logits = model.lm_head(features[:, -1]).data.astype(np.float64)
                 sequence[:, end] = _draw(logits, temperature, top_k, generator)
     finally:

@@ -4,6 +4,7 @@ A progress object has five methods, which the Trainer calls: `start(trainer)` on
 each update, `evaluation(record)`, `sample(step, text)`, and `end(summary)` once, however the run ended.
 """
 
+import numbers
 import sys
 import time
 
@@ -45,19 +46,24 @@ class Lines:
         self.stream = stream or sys.stdout
 
     def start(self, trainer):
+        self.next_command = trainer.next_command
         self.run_dir = trainer.run_dir
         self.max_steps = trainer.config.train.max_steps
         self.every = max(1, self.max_steps // 10)
+        self.unit = trainer.unit
         self.rate = _Rate(trainer.step)
         self._print(_start_line(trainer))
 
     def step(self, record):
         if record["step"] % self.every == 0:
             left = self.rate.left(record["step"], self.max_steps)
-            self._print(
-                f"step {record['step']}/{self.max_steps}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, "
-                f"{_thousands(record['tokens_per_s'])} tokens/s, {duration(left)} left"
-            )
+            figures = _figures(record, decimals=4)
+            if record.get("lr") is not None:
+                figures.append(f"lr {record['lr']:.2e}")
+            if "tokens_per_s" in record:
+                figures.append(f"{thousands(record['tokens_per_s'])} {self.unit}/s")
+            figures.append(f"{duration(left)} left")
+            self._print(f"step {record['step']}/{self.max_steps}: {', '.join(figures)}")
 
     def evaluation(self, record):
         self._print(_evaluation_line(record))
@@ -66,7 +72,7 @@ class Lines:
         self._print(f"step {step}: {text}")
 
     def end(self, summary):
-        self._print(_end_line(summary, self.run_dir))
+        self._print(_end_line(summary, self.run_dir, self.next_command))
 
     def _print(self, line):
         print(_encodable(line, self.stream), file=self.stream, flush=True)
@@ -91,7 +97,9 @@ class Bar:
             console=self.console,
             auto_refresh=False,
         )
-        self.run_dir = trainer.run_dir
+        self.run_dir, self.next_command = trainer.run_dir, trainer.next_command
+        self.unit = "tok" if trainer.unit == "tokens" else trainer.unit
+        self.evaluated = ""
         self.max_steps = trainer.config.train.max_steps
         self.rate = _Rate(trainer.step)
         self.drawn = 0.0
@@ -105,23 +113,28 @@ class Bar:
             return
         self.drawn = now
         left = self.rate.left(record["step"], self.max_steps)
-        self.bar.update(
-            self.task,
-            completed=record["step"],
-            figures=f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
-            f"{_thousands(record['tokens_per_s'])} tok/s  {duration(left)} left",
-            refresh=True,
-        )
+        figures = _figures(record, decimals=3)
+        if record.get("lr") is not None:
+            figures.append(f"lr {record['lr']:.1e}")
+        figures += [self.evaluated] * bool(self.evaluated)
+        if "tokens_per_s" in record:
+            figures.append(f"{thousands(record['tokens_per_s'])} {self.unit}/s")
+        figures.append(f"{duration(left)} left")
+        self.bar.update(self.task, completed=record["step"], figures="  ".join(figures), refresh=True)
 
     def evaluation(self, record):
         self.console.print(_evaluation_line(record))
+        # The first metric stays in view: the loss is there anyway, perplexity says the same.
+        shown = {key: value for key, value in record.items() if key not in (*_COMMON, "perplexity")}
+        if figures := _figures(shown, decimals=3):
+            self.evaluated = f"{record['split']} {figures[0]}"
 
     def sample(self, step, text):
         self.console.print(_encodable(f"step {step}: {text}", self.stream), overflow="ellipsis", no_wrap=True)
 
     def end(self, summary):
         self.bar.stop()
-        self.console.print(_end_line(summary, self.run_dir), soft_wrap=True)
+        self.console.print(_end_line(summary, self.run_dir, self.next_command), soft_wrap=True)
 
 
 class _Rate:
@@ -133,7 +146,7 @@ class _Rate:
 
     def left(self, step, max_steps):
         """Seconds that the remaining steps take at the rate so far."""
-        return (time.monotonic() - self.began) * (max_steps - step) / (step - self.first)
+        return (time.monotonic() - self.began) * max(0, max_steps - step) / max(1, step - self.first)
 
 
 def duration(seconds):
@@ -153,37 +166,48 @@ def _encodable(line, stream):
     return line.encode(encoding, "replace").decode(encoding)
 
 
-def _thousands(value):
+def thousands(value):
+    """A number as 12.3k or 4.56M."""
     return f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
 
 
 def _start_line(trainer):
-    data, train = trainer.config.data, trainer.config.train
     verb = f"resuming at step {trainer.step}" if trainer.step else "training"
     threads = f"{trainer.threads} thread{'s' * (trainer.threads > 1)}"
-    return (
-        f"{verb}: {_thousands(trainer.n_parameters)} parameters on {data.source} "
-        f"({_thousands(len(trainer.text.train))} tokens, vocabulary {trainer.text.vocab_size}), "
-        f"{train.max_steps} steps of {trainer.tokens_per_step} tokens, {threads}, "
-        f"files in {trainer.run_dir}"
-    )
+    return f"{verb}: {trainer.description}, {threads}, files in {trainer.run_dir}"
+
+
+# What a record has besides what was measured.
+_COMMON = ("step", "split", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
+
+
+def _figures(record, decimals, most=4):
+    """A record's loss and what else was measured, in words: the first numbers, no lists."""
+    shown = {"loss": record["loss"]} if "loss" in record else {}
+    shown |= {key: value for key, value in record.items() if key not in _COMMON}
+    figures = []
+    for key, value in shown.items():
+        if value is None:
+            value = float("nan")
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            figures.append(f"{key} {value:.{2 if key == 'perplexity' else decimals}f}")
+    return figures[:most]
 
 
 def _evaluation_line(record):
-    return (
-        f"step {record['step']}: {record['split']} loss {record['loss']:.4f}, "
-        f"perplexity {record['perplexity']:.2f}"
-    )
+    return f"step {record['step']}: {record['split']} {', '.join(_figures(record, decimals=4, most=8))}"
 
 
-def _end_line(summary, run_dir):
+def _end_line(summary, run_dir, next_command):
     step = summary["step"]
     if summary["state"] == "interrupted":
         return f"interrupted at step {step}; continue with: cllm resume {run_dir}"
     if summary["state"] == "failed":
         return f"failed at step {step}: {summary['error']}"
-    loss = "" if summary["val_loss"] is None else f"val loss {summary['val_loss']:.4f}, "
+    losses = {key.removesuffix("_loss"): value for key, value in summary.items() if key.endswith("_loss")}
+    losses["train"] = None
+    loss = "".join(f"{split} loss {value:.4f}, " for split, value in losses.items() if value is not None)
     return (
         f"finished {step} steps: {loss}{duration(summary['seconds'])}, "
-        f"peak memory {summary['memory_peak_mb']:.0f} MB, files in {run_dir}; next: cllm sample {run_dir}"
+        f"peak memory {summary['memory_peak_mb']:.0f} MB, files in {run_dir}; next: {next_command}"
     )

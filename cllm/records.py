@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm.errors import InputError
+from cllm.errors import InputError, nearest
 from cllm.files import write_atomic
 
-__all__ = ["Recorder", "Run", "load", "plain", "write_summary"]
+__all__ = ["METRICS", "Recorder", "Run", "load", "plain", "write_summary"]
+
+#: What the records of a language model have, next to "step" and "split"; metrics and callbacks add to it.
+METRICS = {"train": ("loss", "lr", "grad_norm", "tokens_per_s"), "val": ("loss", "perplexity", "seconds")}
 
 
 class Recorder:
@@ -133,15 +136,45 @@ class Run:
         steps : ndarray
             int64 (n,), of the records that have the key.
         values : ndarray
-            float64 (n,); NaN where the number was not finite.
+            float64 (n,); NaN where the number was not finite. Empty for what this run has not come to record.
+
+        Raises
+        ------
+        InputError
+            When the run records no such number: another of its split, or no such split by its end.
         """
         found = [
             (record["step"], math.nan if record[key] is None else record[key])
             for record in self.records
             if record["split"] == split and key in record
         ]
+        if not found:
+            self._check_known(split, key)
         steps, values = zip(*found) if found else ((), ())
-        return np.array(steps, np.int64), np.array(values, np.float64)
+        try:
+            return np.array(steps, np.int64), np.array(values, np.float64)
+        except (TypeError, ValueError):
+            raise InputError(f"{split}.{key} of {self.path} is not one number a record") from None
+
+    def names(self):
+        """All SPLIT.KEY that the records have, "step" and "split" left out, in order of appearance."""
+        return list(
+            dict.fromkeys(
+                f"{record['split']}.{key}" for record in self.records for key in record
+                if key not in ("step", "split")
+            )
+        )  # fmt: skip
+
+    def _check_known(self, split, key):
+        if key in METRICS.get(split, ()):
+            return
+        names = self.names()
+        splits = {name.partition(".")[0] for name in names}
+        if split in splits or (names and self.state == "finished"):
+            raise InputError(
+                f"{self.path} has no record of {split}.{key}{nearest(f'{split}.{key}', names)}; "
+                f"it has {', '.join(names)}"
+            )
 
 
 def load(path):

@@ -23,9 +23,10 @@ from pathlib import Path
 from time import monotonic
 
 from cllm import config as configs
-from cllm import kernels, optim, records, train, verdict, watch
+from cllm import kernels, optim, records, schedules, train, userfile, verdict, watch
 from cllm.errors import InputError, nearest, plain_notes
 from cllm.files import write_atomic
+from cllm.lifecycle import user_files
 from cllm.progress import Silent
 from cllm.verdict import text
 
@@ -63,7 +64,8 @@ class SweepConfig:
     seeds : list of int
         Each setting runs with each of them as train.seed.
     objective : str
-        SPLIT.METRIC of the records, such as "val.loss".
+        SPLIT.METRIC of the records, such as "val.loss". What a task of the user's own records is known only
+        when the first trial has ended.
     at : "last" or "best"
         Which record of a trial counts.
     goal : "minimize" or "maximize"
@@ -90,10 +92,9 @@ class SweepConfig:
             raise InputError(f"sweep.seeds is {self.seeds!r}, it must be a list of integers of at least 0")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"sweep.seeds is {self.seeds}, each seed must be there once")
-        known = [f"{split}.{metric}" for split, metrics in train.METRICS.items() for metric in metrics]
-        if self.objective not in known:
-            given = f"{self.objective!r}{nearest(self.objective, known)}"
-            raise InputError(f"sweep.objective is {given}, it must be one of {', '.join(known)}")
+        parts = self.objective.split(".") if isinstance(self.objective, str) else []
+        if len(parts) < 2 or not all(parts):
+            raise InputError(f'sweep.objective is {self.objective!r}, it must be SPLIT.METRIC: "val.loss"')
         if not _is_seed(self.threads) or self.threads < 1:
             raise InputError(f"sweep.threads is {self.threads!r}, it must be an integer of at least 1")
 
@@ -141,6 +142,8 @@ class Sweep:
         path = Path(path)
         nested = configs.read_toml(path)
         for key in nested:
+            if key in configs.SECTIONS and not {"sweep", "base", "space"} & set(nested):
+                raise InputError(f"{path} describes a run, not a sweep; train it with: cllm train {path}")
             if key not in ("sweep", "base", "space", "prune", "confirm"):
                 hint = nearest(key, ("sweep", "base", "space"))
                 raise InputError(f"{path}: unknown key {key}{hint}; a sweep has sweep, base, space")
@@ -219,7 +222,9 @@ class Sweep:
         for index, setting in enumerate(self.settings):
             notices = _merged(self.base, setting)[1]
             try:
-                notices += configs.notes(self.trial_config(Trial(index, self.config.seeds[0], setting)))
+                made = self.trial_config(Trial(index, self.config.seeds[0], setting))
+                notices += configs.notes(made)
+                self._check_objective(made)
             except InputError as error:
                 faults.append((index, error))
             self.notices.extend(notice for notice in notices if notice not in self.notices)
@@ -227,6 +232,17 @@ class Sweep:
             index, error = faults[0]
             shared = len(faults) == len(self.settings)  # then it is not this setting's own
             raise InputError(str(error) if shared else f"setting {index} ({self.describe(index)}): {error}")
+
+
+    def _check_objective(self, config):
+        """Raise when a language model's records will not have the objective; a task's are not known yet."""
+        if config.task.key is not None:
+            return
+        found = {**records.METRICS, "val": (*records.METRICS["val"], *config.train.metrics)}
+        known = [f"{split}.{metric}" for split, metrics in found.items() for metric in metrics]
+        if self.config.objective not in known:
+            given = f'"{self.config.objective}"{nearest(self.config.objective, known)}'
+            raise InputError(f"sweep.objective is {given}, it must be one of {', '.join(known)}")
 
 
 def _refuse_what_comes_later(nested, sweep):
@@ -282,17 +298,26 @@ def _axis(keys, values):
 
 
 def _merged(base, setting):
-    """The base's sections with a setting's values, without what its optimizer does not know; notices."""
+    """The base's sections with a setting's values, without what its optimizer or schedule lacks; notices."""
     overrides = configs.unflatten(setting)
     name = {**base.get("optim", {}), **overrides.get("optim", {})}.get("name", optim.OptimConfig().name)
     nested = copy.deepcopy(base)
     notices = []
-    if name in optim.BY_NAME:
-        foreign = {key for other in optim.BY_NAME for key in configs.optimizer_arguments(other)}
+    if name in optim.BY_NAME or userfile.is_reference(name):
+        others = [*optim.BY_NAME, *filter(userfile.is_reference, [base.get("optim", {}).get("name")])]
+        foreign = {key for other in others for key in configs.optimizer_arguments(other)}
         for key in foreign - set(configs.optimizer_arguments(name)):
             if key in nested.get("optim", {}):
                 del nested["optim"][key]
                 notices.append(f'optim.{key} of the base is left out where optim.name is "{name}"')
+    chosen = {**base.get("schedule", {}), **overrides.get("schedule", {})}
+    name, parts = chosen.get("name", schedules.ScheduleConfig.name), chosen.get("names")
+    if name in schedules.NAMES:
+        taken = {"name", *schedules.arguments(name, parts if isinstance(parts, list) else ())}
+        for key in set(schedules.ScheduleConfig.__dataclass_fields__) - taken:
+            if key in nested.get("schedule", {}):
+                del nested["schedule"][key]
+                notices.append(f'schedule.{key} of the base is left out where schedule.name is "{name}"')
     for section, values in overrides.items():
         nested[section] = {**nested.get(section, {}), **values} if isinstance(values, dict) else values
     return nested, sorted(notices)
@@ -348,7 +373,7 @@ def run(sweep, directory, workers=None, progress=None):
     directory = Path(directory)
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}, it must be at least 1")
-    _refuse_another(sweep, directory)
+    judged = _refuse_another(sweep, directory)
     trials = sweep.trials()
     results = {trial.name: _read(sweep, trial, directory) for trial in trials}
     todo = [trial for trial in trials if results[trial.name].state != "finished"]
@@ -358,7 +383,7 @@ def run(sweep, directory, workers=None, progress=None):
         directory.mkdir(parents=True, exist_ok=True)
     began = monotonic()
     with _locked(directory):
-        if todo:
+        if todo or not judged:
             write_atomic(directory / "sweep.toml", configs.to_toml(sweep.resolved()))
             (directory / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
         n_workers = min(workers or max(1, kernels.get_num_threads() // sweep.config.threads), len(todo))
@@ -370,7 +395,8 @@ def run(sweep, directory, workers=None, progress=None):
             shown.end(f"stopped with {n_finished} of {len(trials)} trials finished")
             raise
         summary = _summary(sweep, results, monotonic() - began)
-        if todo or not all((directory / name).exists() for name in ("results.csv", "summary.json")):
+        written = all((directory / name).exists() for name in ("results.csv", "summary.json"))
+        if todo or not judged or not written:
             _write_table(sweep, directory, results)
             records.write_summary(directory, summary)
     lines = [*verdict.table(sweep, results), "", summary["verdict"], ""]
@@ -397,6 +423,8 @@ def _run_trials(sweep, directory, todo, n_workers, results, shown):
                 if not isinstance(message, Result):
                     shown.step(worker.trial, **message)
                     continue
+                if message.state == "failed" and not any(r.state == "finished" for r in results.values()):
+                    _check_recorded(sweep, message.trial, directory)
                 results[message.trial.name] = message
                 worker.trial = None
                 shown.ended(message)
@@ -415,6 +443,15 @@ def _run_trials(sweep, directory, todo, n_workers, results, shown):
         worker.pipe.close()  # an idle worker ends when its pipe does
     for worker in workers:
         worker.process.join()
+
+
+def _check_recorded(sweep, trial, directory):
+    """Raise when a finished run has no record of the objective: no other trial will have one."""
+    run = records.Run(directory / "trials" / trial.name)
+    names = run.names()
+    if run.state == "finished" and sweep.config.objective not in names:
+        given = f'"{sweep.config.objective}"{nearest(sweep.config.objective, names)}'
+        raise InputError(f"sweep.objective is {given}, but {trial.name} has recorded {', '.join(names)}")
 
 
 class _Worker:
@@ -487,7 +524,8 @@ def _train(sweep, trial, directory, report):
         return _read(sweep, trial, directory)
     except Exception as error:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        where = userfile.own_traceback(error) or traceback.format_exc()
+        (run_dir / "error.txt").write_text(where, encoding="utf-8")
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return Result(trial, "failed", report.done, None, f"{kind}{error}", monotonic() - began)
 
@@ -504,7 +542,7 @@ class _Report(Silent):
         self.done = record["step"]
         if monotonic() >= self.due:
             self.due = monotonic() + REPORT_INTERVAL
-            self.pipe.send({"step": record["step"], "loss": record["loss"]})
+            self.pipe.send({"step": record["step"], "loss": record.get("loss")})
 
 
 def _died(worker, directory):
@@ -539,11 +577,15 @@ def _stop(workers):
 def _prepare_data(sweep, todo, directory):
     """Tokenise and cache each text once, before workers want it; check that blocks fit it.
 
-    Trials on a text that has changed since the others ran would not compare with them: an InputError.
+    Trials on a text, or with a user's file, that has changed since the others ran would not compare with
+    them: an InputError.
     """
-    seen, hashes = [], {}
+    seen, hashes, files = [], {}, {}
     for trial in todo:
         config = sweep.trial_config(trial)
+        files |= user_files(config)
+        if config.task.key is not None:
+            continue  # its data is its function's business
         needs = (config.data, config.model.block_size)
         if needs not in seen:
             seen.append(needs)
@@ -556,6 +598,12 @@ def _prepare_data(sweep, todo, directory):
                 f"{source.source} has changed since {trial.name} was trained on it; "
                 "to compare trials on the new text, choose another folder: --run.dir DIR"
             )
+        for path, sha256 in (summary.get("files") or {}).items():
+            if files.get(path, sha256) != sha256:
+                raise InputError(
+                    f"{path} has changed since {trial.name} was trained with it; "
+                    "to compare trials with the new one, choose another folder: --run.dir DIR"
+                )
 
 
 def _read(sweep, trial, directory):
@@ -568,7 +616,8 @@ def _read(sweep, trial, directory):
     if found.state != "finished":
         return Result(trial, "failed", step, None, found.summary.get("error", ""), seconds)
     split, _, metric = sweep.config.objective.partition(".")
-    values = found.series(split, metric)[1]
+    has = sweep.config.objective in found.names()
+    values = found.series(split, metric)[1] if has else ()
     if not len(values):
         error = f"the run has no record of {sweep.config.objective}"
         return Result(trial, "failed", step, None, error, seconds)
@@ -580,22 +629,29 @@ def _read(sweep, trial, directory):
 
 
 def _refuse_another(sweep, directory):
-    """Raise when `directory` holds something else than this sweep."""
+    """Raise when `directory` holds something else than this sweep; whether it was judged in the same way.
+
+    How trials are judged may change: that trains nothing anew.
+    """
     path = directory / "sweep.toml"
     if not path.exists():
         if directory.exists() and not directory.is_dir():
             raise InputError(f"{directory} is a file; a sweep needs a new or empty folder")
         if (directory / "config.toml").exists():
             raise InputError(f"{directory} holds a run; a sweep needs a new or empty folder: --run.dir DIR")
-        return
+        return True
     there, here = _flat(configs.read_toml(path)), _flat(sweep.resolved())
+    judged = True
     for key in [*here, *there]:
-        if there.get(key) != here.get(key):
+        if there.get(key) != here.get(key) and key in ("sweep.objective", "sweep.at", "sweep.goal"):
+            judged = False
+        elif there.get(key) != here.get(key):
             was, is_now = (f"{text(d[key])}" if key in d else "not set" for d in (there, here))
             raise InputError(
                 f"{directory} holds another sweep: {key} is {was} there and {is_now} here; "
                 "choose another folder: --run.dir DIR"
             )
+    return judged
 
 
 def _flat(resolved):

@@ -256,9 +256,13 @@ def _keep(grad, shape, axes):
     return grad.reshape([1 if i in axes else n for i, n in enumerate(shape)])
 
 
-def _sigmoid(a):
-    with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-a))
+def _along(function, dim, *arrays):
+    """A function over the last axis of arrays, along dim instead."""
+    ndim = arrays[0].ndim
+    axis = normalize_axis_index(dim, max(ndim, 1))
+    if axis >= ndim - 1:
+        return function(*arrays)
+    return np.moveaxis(function(*(np.moveaxis(array, axis, -1) for array in arrays)), -1, axis)
 
 
 def _index(item):
@@ -658,16 +662,16 @@ class Tensor:
         return record(np.cos(a), (self,), lambda grad: (-grad * np.sin(a),))
 
     def tanh(self):
-        out = np.tanh(self.data)
-        return record(out, (self,), lambda grad: (grad * (1 - out * out),))
+        out = kernels.tanh_forward(self.data)
+        return record(out, (self,), lambda grad: (kernels.tanh_backward(grad, out),))
 
     def sigmoid(self):
-        out = _sigmoid(self.data)
-        return record(out, (self,), lambda grad: (grad * out * (1 - out),))
+        out = kernels.sigmoid_forward(self.data)
+        return record(out, (self,), lambda grad: (kernels.sigmoid_backward(grad, out),))
 
     def relu(self):
-        out = np.maximum(self.data, 0, out=_buffer(self.data))
-        return record(out, (self,), lambda grad: (grad * (out > 0),))
+        out = kernels.relu_forward(self.data)
+        return record(out, (self,), lambda grad: (kernels.relu_backward(grad, out),))
 
     def gelu(self, approximate="none"):
         """x Phi(x), Phi the normal distribution function; approximate: "none" (erf) or "tanh"."""
@@ -677,8 +681,7 @@ class Tensor:
 
     def silu(self):
         a = self.data
-        s = _sigmoid(a)
-        return record(a * s, (self,), lambda grad: (grad * (s * (1 + a * (1 - s))),))
+        return record(kernels.silu_forward(a), (self,), lambda grad: (kernels.silu_backward(grad, a),))
 
     def abs(self):
         a = self.data
@@ -710,32 +713,13 @@ class Tensor:
 
     def softmax(self, dim):
         """exp(x) over its sum along dim."""
-        a = self.data
-        out = empty(a.shape, a.dtype)
-        with np.errstate(all="ignore"):
-            np.subtract(a, a.max(dim, keepdims=True), out=out)
-            np.exp(out, out=out)
-            out /= np.add.reduce(out, axis=dim, keepdims=True)
-
-        def backward(grad):
-            product = _ufunc(np.multiply, grad, out)
-            product -= out * np.add.reduce(product, axis=dim, keepdims=True)
-            return (product,)
-
-        return record(out, (self,), backward)
+        out = _along(kernels.softmax_forward, dim, self.data)
+        return record(out, (self,), lambda grad: (_along(kernels.softmax_backward, dim, grad, out),))
 
     def log_softmax(self, dim):
         """log(softmax(x)) along dim, without taking the log of a rounded 0."""
-        a = self.data
-        out = empty(a.shape, a.dtype)
-        with np.errstate(all="ignore"):
-            np.subtract(a, a.max(dim, keepdims=True), out=out)
-            out -= np.log(np.add.reduce(np.exp(out), axis=dim, keepdims=True))
-
-        def backward(grad):
-            return (grad - np.exp(out) * np.add.reduce(grad, axis=dim, keepdims=True),)
-
-        return record(out, (self,), backward)
+        out = _along(kernels.log_softmax_forward, dim, self.data)
+        return record(out, (self,), lambda grad: (_along(kernels.log_softmax_backward, dim, grad, out),))
 
     # Reductions --------------------------------------------------------------------------------------
 

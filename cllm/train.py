@@ -3,36 +3,38 @@
 A step is a pure function of the configuration and the state that a checkpoint holds: batches, dropout
 and generated lines follow from (seed, step), and what kernels return does not depend on the threads. So
 a run that was stopped and resumed has the same weights and records as one that was not.
+
+What is trained is a `task.Task`; without one of the user's own it is a GPT on the configuration's text.
 """
 
 import json
 import math
-import platform
 import re
-import resource
-import signal
-import sys
-import threading
+import warnings
 from collections import deque
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-import cllm
 from cllm import checkpoint as checkpoints
 from cllm import config as configs
-from cllm import data, kernels, optim, progress, records, rng, schedules
+from cllm import data, kernels, metrics, optim, records, rng, schedules, userfile
+from cllm import task as tasks
+from cllm.data.batch import feed
 from cllm.data.tokenizers import load_tokenizer
 from cllm.errors import InputError
 from cllm.files import write_atomic
 from cllm.generate import generate
 from cllm.gpt import GPT
+from cllm.lifecycle import FILES, Diverged, Lifecycle
+from cllm.loop import OwnLoop
+from cllm.progress import thousands
+from cllm.records import METRICS
 from cllm.tensor import no_grad
 
-__all__ = ["Trainer", "evaluate", "load", "load_text", "resume"]
+__all__ = ["METRICS", "Trainer", "evaluate", "load", "load_text", "resume"]
 
 # Sequences of an evaluation's batch hold about this many tokens: enough for the kernels to run at full
 # speed, and no more memory than a training step.
@@ -40,14 +42,8 @@ EVALUATION_TOKENS = 1024
 SAMPLE_TOKENS = 120  # of them about this many characters are shown, runs of spaces as one:
 SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
-#: What the records of each split have, next to "step" and "split"; a callback may add to it.
-METRICS = {"train": ("loss", "lr", "grad_norm", "tokens_per_s"), "val": ("loss", "perplexity", "seconds")}
 # What a resumed run may change: all else would make it another run.
 RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads")
-
-
-class _Diverged(Exception):
-    """The loss or the gradient is not finite any more; the message is one sentence for the summary."""
 
 
 class _ThreadChoice:
@@ -86,17 +82,20 @@ class _ThreadChoice:
         return result
 
 
-class Trainer:
+class Trainer(Lifecycle):
     """One run: from a configuration to a directory with records, checkpoints and a summary.
 
     Parameters
     ----------
     config : cllm.config.Config
-    task : None
-        For now None: language modelling on the configuration's text.
+        Its [task] names a task of the user's own; without one it is a GPT on [data].
+    task : cllm.Task, optional
+        A task made in Python, instead of [task] build. Its run can only be resumed from Python.
     callbacks : iterable of callables
-        Each is called as ``f(trainer, record)`` before a record is written; it may add keys to the
-        record, and set ``trainer.stop = True`` to end the run with this step.
+        Each is called as ``f(trainer, record)`` before a record is written, after the task's own callbacks;
+        it may add keys to the record, and set ``trainer.stop = True`` to end the run with this step. What
+        the state_dict() of those that have one returns (JSON values) is part of each checkpoint, and a
+        resumed run gives it to load_state_dict().
     progress : object, optional
         Shows the run, see `cllm.progress`; by default what suits standard output.
     name : str
@@ -104,134 +103,125 @@ class Trainer:
 
     Attributes
     ----------
-    model, optimizer, text, step, run_dir
+    task, model, optimizer, step, run_dir
         The run's parts and the number of updates done; there once `fit` has begun.
+    text
+        The text of a run without a task of its own, else None.
     """
 
     def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run"):
+        super().__init__(config, progress, name)
         if task is not None:
-            raise InputError("a task of one's own is not supported so far: leave out task")
-        self.config = config
-        self.callbacks = tuple(callbacks)
-        self.progress = progress
-        self.name = name
-        self.stop = False
-        self.step = 0
+            if not isinstance(task, tasks.Task):
+                raise InputError(f"task is a {type(task).__name__}, it must be a cllm.Task")
+            if config.task.key is not None and config.task.build != tasks.GIVEN:
+                raise InputError(f"task is given, and task.{config.task.key} names another: leave out one")
+            self.config = replace(config, task=tasks.TaskConfig(build=tasks.GIVEN))
+        self.task = task
+        self.given_callbacks = tuple(callbacks)
         self.position = 0  # micro-batches consumed, which is all that the loader has to remember
-        self.seconds = 0.0
-        self.train_loss = self.val_loss = self.best = None
 
     def fit(self):
-        """Train from the first step in a new run directory.
+        if self.config.task.run is not None:
+            if self.given_callbacks:
+                raise InputError("callbacks are given, but task.run is a loop of its own, which calls none")
+            return OwnLoop(self.config, self.progress, self.name).fit()
+        return super().fit()
 
-        Returns
-        -------
-        dict
-            What summary.json holds. ``state`` is "finished", or "failed" with an ``error`` when the loss
-            is no longer finite.
-
-        Raises
-        ------
-        InputError
-            For data or a model that cannot be, or a directory that holds a run already. Nothing has been
-            written then.
-        """
-        if self.config.run.dir:
-            _refuse_used(Path(self.config.run.dir))
-        self._build()
-        self._create_directory()
-        return self._run()
+    fit.__doc__ = Lifecycle.fit.__doc__
 
     # Before the first step
 
     def _build(self):
         """Data, model and optimizer; nothing on disk but the data's cache."""
+        super()._build()
         config, train = self.config, self.config.train
-        self.text = load_text(config)
-        n_windows = self.text.train.n_windows(config.model.block_size)
-        self.model = GPT(replace(config.model, vocab_size=self.text.vocab_size), seed=train.seed)
+        self.text = None
+        if self.task is None and config.task.build is None:
+            self.text = load_text(config)
+        if self.task is None:
+            self.task = _task(config, self.text)
+        task = self.task
+        if task.loss is not None and config.loss != tasks.LossConfig():
+            raise InputError("[loss] is set, but the task has a loss of its own, which does not use it")
+        if train.sample_interval and task.tokenizer is None:
+            interval = train.sample_interval
+            raise InputError(f"train.sample_interval is {interval}, but the task has no tokenizer")
+        self.model = task.model
         self.optimizer = optim.build(config.optim, self.model.named_parameters())
         self.parameters = list(self.model.parameters())
-        self.batch_size = n_windows if train.batch_size == "full" else train.batch_size
-        self.threads = train.threads or kernels.get_num_threads()  # the most that it uses
+        self.batch_size = len(task.train) if train.batch_size == "full" else train.batch_size
+        self.unit = f"{task.train.unit}s"
+        self.callbacks = task.callbacks + self.given_callbacks
+        self.metrics = _metrics(config, task)
+        # Only what is set, so that a model's own loss needs to know no more than that.
+        options = {f.name: getattr(config.loss, f.name) for f in fields(config.loss)}
+        self.loss_options = {name: value for name, value in options.items() if value}
 
-    def _create_directory(self):
-        if self.config.run.dir:
-            self.run_dir = Path(self.config.run.dir)
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        else:
-            self.run_dir = _next_directory(self.name)
-            self.config = replace(self.config, run=configs.RunConfig(str(self.run_dir)))
-        self._write_config()
+    def _first_files(self):
+        if self.task.tokenizer is not None and hasattr(self.task.tokenizer, "to_dict"):
+            tokenizer = json.dumps(self.task.tokenizer.to_dict(), ensure_ascii=False)
+            write_atomic(self.run_dir / "tokenizer.json", tokenizer + "\n")
 
-    def _write_config(self):
-        write_atomic(self.run_dir / "config.toml", configs.to_toml(configs.to_dict(self.config)))
-
-    def _restore(self, path):
-        """Take over the state of a checkpoint."""
-        model_arrays, optimizer_arrays, state = checkpoints.load(path)
-        if state["data_hash"] != self.text.hash:
+    def _restore(self, loaded):
+        """Take over the state of a checkpoint, as `checkpoint.load` gives it."""
+        model_arrays, optimizer_arrays, state = loaded
+        if self.text is not None and state["data_hash"] != self.text.hash:
             raise InputError(
                 f"{self.config.data.source} has changed since {self.run_dir} was trained on it; "
                 "to train on the new text, start a new run"
             )
+        n = len(self.task.train)
+        if state.get("examples", n) != n:
+            raise InputError(
+                f"the task has {n} training examples, and {self.run_dir} was trained on {state['examples']}; "
+                "to train on the new ones, start a new run"
+            )
+        self._restore_callbacks(state.get("callbacks", []))
         self.model.load_state_dict(model_arrays)
         self.optimizer.load_arrays(optimizer_arrays)
         self.step, self.position, self.seconds = state["step"], state["position"]["index"], state["seconds"]
-        self.train_loss, self.val_loss, self.best = state["train_loss"], state["val_loss"], state["best"]
+        self.train_loss, self.best = state["train_loss"], state["best"]
+        self.losses = {self.task.followed: state[f"{self.task.followed}_loss"]}
+
+    def _restore_callbacks(self, states):
+        stateful = self._stateful_callbacks()
+        if len(states) != len(stateful):
+            raise InputError(
+                f"{self.run_dir} was saved with {len(states)} callbacks with a state_dict(), and goes on "
+                f"with {len(stateful)}: give the same ones to cllm.train.resume(run_dir, callbacks=[...])"
+            )
+        for callback, state in zip(stateful, states):
+            callback.load_state_dict(state)
+
+    def _stateful_callbacks(self):
+        return [callback for callback in self.callbacks if hasattr(callback, "state_dict")]
 
     # The run
 
-    def _run(self):
-        """Train from the current step to the last; write the summary."""
+    def _train(self, interrupt):
         train = self.config.train
-        if self.step == 0:  # also when a run that has no checkpoint yet is resumed: its text may have changed
-            tokenizer = json.dumps(self.text.tokenizer.to_dict(), ensure_ascii=False)
-            write_atomic(self.run_dir / "tokenizer.json", tokenizer + "\n")
-        self.recorder = records.Recorder(self.run_dir)
-        shown = self.progress or progress.choose()
-        shown.start(self)
-        threads_before = kernels.get_num_threads()
-        self.began = perf_counter() - self.seconds
-        state, error = "interrupted", None
-        try:
-            kernels.set_num_threads(self.threads)
-            self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
-            self.recorder.truncate(self.step)
-            with _deferred_interrupt() as interrupt:
-                while self.step < train.max_steps and not self.stop:
-                    self._step(shown, interrupt)
-            state = "finished"
-        except _Diverged as diverged:
-            state, error = "failed", str(diverged)
-        except Exception as other:
-            state, error = "failed", f"{type(other).__name__}: {other}"
-            raise
-        finally:
-            self.recorder.close()
-            summary = self._summary(state, error)
-            if state != "interrupted":
-                records.write_summary(self.run_dir, summary)
-            kernels.set_num_threads(threads_before)
-            shown.end(summary)
-        return summary
+        self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
+        self.recorder.truncate(self.step)
+        while self.step < train.max_steps and not self.stop:
+            self._step(interrupt)
 
-    def _step(self, shown, interrupt):
-        """One update and whatever is due after it: evaluation, generated line, checkpoint."""
-        train = self.config.train
+    def _step(self, interrupt):
+        """One update and whatever is due after it: evaluations, generated line, checkpoint."""
+        train, followed = self.config.train, self.task.followed
         record = self.thread_choice.time(self._update) if self.thread_choice else self._update()
+        self._note(record, followed)
         self._log(record)
-        shown.step(record)
+        self.shown.step(record)
         new_best = False
-        if self._due(train.eval_interval) and len(self.text.val):
-            record = self._evaluate()
-            new_best = self.best is None or record["loss"] < self.best["val_loss"]
-            if new_best:
-                self.best = {"step": self.step, "val_loss": record["loss"]}
-            self._log(record)
-            shown.evaluation(record)
+        if self._due(train.eval_interval):
+            for split in self.task.evals:
+                record = self._evaluate(split)
+                new_best |= self._note(record, followed)
+                self._log(record)
+                self.shown.evaluation(record)
         if train.sample_interval and self.step % train.sample_interval == 0:
-            shown.sample(self.step, self._sample())
+            self.shown.sample(self.step, self._sample())
         interrupted = interrupt.is_set()
         if new_best or self._due(train.checkpoint_interval) or interrupted:
             self._save()
@@ -250,18 +240,27 @@ class Trainer:
         lr = schedules.at(config.schedule, self.step, config.optim.lr, train.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batches = [self._batch(self.position + micro) for micro in range(train.grad_accum)]
-        count = sum(targets.size for _, targets in batches)
-        total = 0.0
-        for micro, (tokens, targets) in enumerate(batches):
+        total, count = 0.0, 0
+        for micro in range(train.grad_accum):
+            batch = self.task.train.batch(self.position + micro, train.batch_size, train.seed)
             rng.set_stream(train.seed, self.step, micro)
-            loss = self.model.loss(tokens, targets, reduction="sum")
+            if self.task.loss is None:
+                loss, n = tasks.language_loss(self.model, batch, **self.loss_options)
+            else:
+                loss, n = tasks.checked_loss(self.task.loss(self.model, batch))
+            if micro == 0:
+                assumed = n * train.grad_accum or 1  # the step's count, which only the last batch completes
             total += loss.item()
-            (loss * (1.0 / count)).backward()
-        loss = total / count
+            count += n
+            (loss * (1.0 / assumed)).backward()
+        if count not in (assumed, 0):
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    kernels.scale_(parameter.grad, assumed / count)
+        loss = total / count if count else 0.0
         norm = optim.clip_grad_norm_(self.parameters, config.optim.grad_clip or math.inf)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _Diverged(
+            raise Diverged(
                 f"the loss is {loss:g} and the gradient's norm {norm:g} in step {self.step + 1} at learning "
                 f"rate {lr:g}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
             )
@@ -269,7 +268,6 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.position += train.grad_accum
-        self.train_loss = loss
         return {
             "step": self.step,
             "split": "train",
@@ -279,23 +277,16 @@ class Trainer:
             "tokens_per_s": count / (perf_counter() - began),
         }
 
-    def _batch(self, index):
-        train, model = self.config.train, self.config.model
-        return self.text.train.batch(index, self.batch_size, model.block_size, train.seed)
-
-    def _evaluate(self):
+    def _evaluate(self, split):
         began = perf_counter()
-        result = evaluate(self.model, self.text.val)
-        if not math.isfinite(result["perplexity"]):
-            raise _Diverged(f"the validation loss is {result['loss']:g} after step {self.step}")
-        self.val_loss = result["loss"]
-        return {
-            "step": self.step,
-            "split": "val",
-            "loss": result["loss"],
-            "perplexity": result["perplexity"],
-            "seconds": perf_counter() - began,
-        }
+        batches = self.task.evals[split].batches(_evaluation_batch(self.task.evals[split], self.batch_size))
+        result, count = _measure(self.model, batches, self.task.loss, self.metrics)
+        if not count:
+            raise InputError(f"the eval {split!r} has no target that counts: all are masked")
+        if not all(math.isfinite(result[key]) for key in ("loss", "perplexity") if key in result):
+            name = "validation" if split == "val" else split
+            raise Diverged(f"the {name} loss is {result['loss']:g} after step {self.step}")
+        return {"step": self.step, "split": split, **result, "seconds": perf_counter() - began}
 
     def _log(self, record):
         for callback in self.callbacks:
@@ -304,29 +295,34 @@ class Trainer:
 
     def _save(self):
         self.seconds = perf_counter() - self.began
-        state = {
-            "position": self.text.train.position(
-                self.position, self.batch_size, self.config.model.block_size
-            ),
-            "vocab_size": self.text.vocab_size,
-            "data_hash": self.text.hash,
+        followed = self.task.followed
+        state = {"position": self.task.train.position(self.position, self.config.train.batch_size)}
+        if self.text is not None:
+            state |= {"vocab_size": self.text.vocab_size, "data_hash": self.text.hash}
+        else:
+            state["examples"] = len(self.task.train)
+        state |= {
             "train_loss": self.train_loss,
-            "val_loss": self.val_loss,
+            f"{followed}_loss": self.losses.get(followed),
             "best": self.best,
             "seconds": self.seconds,
         }
+        if self.files:
+            state["files"] = self.files
+        if callbacks := self._stateful_callbacks():
+            state["callbacks"] = [_json_state(callback) for callback in callbacks]
         self.recorder.sync()  # no crash may leave a checkpoint newer than the records
         checkpoints.save(self.run_dir, self.step, self.model.state_dict(), self.optimizer.arrays(), state)
         checkpoints.prune(self.run_dir)
 
     def _sample(self):
         """A generated line, the same for the same seed and step."""
-        tokenizer = self.text.tokenizer
+        tokenizer = self.task.tokenizer
         try:
             prompt = tokenizer.encode("\n")
         except InputError:  # a vocabulary without line ends
             prompt = ()
-        prompt = prompt if len(prompt) else self.text.train.array[:1]
+        prompt = prompt if len(prompt) else self.task.train.first
         tokens = generate(
             self.model, prompt, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE,
             seed=self.config.train.seed + self.step,
@@ -335,38 +331,76 @@ class Trainer:
         line = "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in line)
         return re.sub(" +", " ", line).strip()[:SAMPLE_LENGTH]
 
-    def _summary(self, state, error):
-        self.seconds = perf_counter() - self.began
-        summary = {
-            "state": state,
-            "step": self.step,
+    def _results(self):
+        followed = self.task.followed
+        results = {
             "train_loss": self.train_loss,
-            "val_loss": self.val_loss,
+            f"{followed}_loss": self.losses.get(followed),
             "best": self.best,
-            "data_hash": self.text.hash,
-            "parameters": self.n_parameters,
-            "tokens": self.position * self.batch_size * self.config.model.block_size,
-            "seconds": self.seconds,
-            "memory_peak_mb": _memory_peak_mb(),
-            "isa": kernels.isa,
-            "threads": self.threads,
-            "versions": {
-                "cllm": cllm.__version__,
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-            },
         }
-        if error is not None:
-            summary["error"] = error
-        return summary
+        if self.text is not None:
+            results["data_hash"] = self.text.hash
+        results["parameters"] = self.n_parameters
+        results[self.unit] = self.position * self.batch_size * self.task.train.size
+        return results
+
+    # What is shown
 
     @property
     def n_parameters(self):
         return sum(parameter.data.size for parameter in self.parameters)
 
     @property
-    def tokens_per_step(self):
-        return self.config.train.grad_accum * self.batch_size * self.config.model.block_size
+    def description(self):
+        """What is trained on what, in words."""
+        if self.text is not None:
+            size = f"{thousands(len(self.text.train))} tokens, vocabulary {self.text.vocab_size}"
+            of = f"{self.config.data.source} ({size})"
+        else:
+            task = self.config.task.build
+            of = f"{'a task' if task == tasks.GIVEN else task} ({len(self.task.train)} examples)"
+        per_step = self.config.train.grad_accum * self.batch_size * self.task.train.size
+        return (
+            f"{thousands(self.n_parameters)} parameters on {of}, "
+            f"{self.config.train.max_steps} steps of {per_step} {self.unit}"
+        )
+
+    @property
+    def next_command(self):
+        return f"cllm {'plot' if self.task.tokenizer is None else 'sample'} {self.run_dir}"
+
+
+def _task(config, text=None):
+    """The Task of a configuration: what [task] build makes, or a GPT on a text."""
+    if config.task.build is not None:
+        return tasks.build(config)
+    return tasks.Task(
+        model=GPT(replace(config.model, vocab_size=text.vocab_size), seed=config.train.seed),
+        train=text.train,
+        evals={"val": text.val} if len(text.val) else {},
+        tokenizer=text.tokenizer,
+    )
+
+
+def _metrics(config, task):
+    """The metrics of [train] metrics and of the task, by name."""
+    found = {name: metrics.build(name, task.tokenizer) for name in config.train.metrics}
+    if task.loss is None:
+        found.pop("perplexity", None)  # it follows from the loss and is there anyway
+    for name in task.metrics:
+        if name in found:
+            raise InputError(f'train.metrics has "{name}", and so has the task: leave out one')
+    return found | task.metrics
+
+
+def _json_state(callback):
+    state = callback.state_dict()
+    try:
+        json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        name = getattr(callback, "__name__", type(callback).__name__)
+        raise InputError(f"the state_dict() of the callback {name} must be of JSON values: {error}") from None
+    return state
 
 
 def load_text(config):
@@ -390,7 +424,7 @@ def load_text(config):
     return text
 
 
-def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
+def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
     """Continue a run from its newest complete checkpoint, or from step 0 when it has none.
 
     Parameters
@@ -398,6 +432,8 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
     run_dir : path-like
     overrides : dict, optional
         Dotted keys to values; of [train] the intervals, threads and ``max_steps`` may change.
+    callbacks, progress, task
+        As the `Trainer`'s: the same callbacks and, if the run had one, the same task.
 
     Returns
     -------
@@ -407,7 +443,8 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
     Raises
     ------
     InputError
-        When there is no run, its data has changed, or an override would make it another run.
+        When there is no run, its data or the user's files have changed, or an override would make it
+        another run.
     """
     run_dir = Path(run_dir)
     overrides = overrides or {}
@@ -417,31 +454,44 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None):
                 f"{key} cannot change when a run is resumed, only "
                 + ", ".join(f"train.{name}" for name in RESUMABLE)
             )
-    saved = _saved_config(run_dir)
+    _check_run(run_dir)
+    earlier = records.Run(run_dir)
+    finished = earlier.state == "finished"
+    newest = None if finished else checkpoints.newest(run_dir)
+    loaded = None if newest is None else checkpoints.load(newest)
+    # First of all: with another file, even the config's [task] may not fit any more.
+    files = earlier.summary.get("files", {}) if finished else loaded[2].get("files", {}) if loaded else {}
+    userfile.refuse_changed(files, run_dir / FILES, run_dir)
+    saved = configs.load(run_dir / "config.toml")
     config = configs.load(run_dir / "config.toml", overrides)
-    summary_path = run_dir / "summary.json"
-    if summary_path.exists() and config.train.max_steps == saved.train.max_steps:
-        earlier = records.Run(run_dir)
-        if earlier.state == "finished":
-            return earlier.summary
-    trainer = Trainer(config, callbacks=callbacks, progress=progress)
-    trainer.run_dir = run_dir
-    trainer._build()
-    newest = checkpoints.newest(run_dir)
-    if newest is not None:
-        trainer._restore(newest)
-    if config.train.max_steps < trainer.step:
+    if finished and config.train.max_steps == saved.train.max_steps:
+        return earlier.summary
+    if config.task.run is not None:
+        run = OwnLoop(config, progress)
+    else:
+        if config.task.build == tasks.GIVEN and task is None:
+            raise InputError(
+                f"{run_dir} was trained on a task made in Python; to go on: "
+                f"cllm.train.resume({str(run_dir)!r}, task=...)"
+            )
+        run = Trainer(config, task, callbacks, progress=progress)
+    run.run_dir = run_dir
+    run._build()
+    if finished and (newest := checkpoints.newest(run_dir)) is not None:
+        loaded = checkpoints.load(newest)
+    if loaded is not None:
+        run._restore(loaded)
+    if config.train.max_steps < run.step:
         raise InputError(
-            f"train.max_steps is {config.train.max_steps}, "
-            f"but {run_dir} has done {trainer.step} steps already"
+            f"train.max_steps is {config.train.max_steps}, but {run_dir} has done {run.step} steps already"
         )
-    summary_path.unlink(missing_ok=True)  # it told of an end that is not one any more
+    (run_dir / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
     if config != saved:
-        trainer._write_config()
-    return trainer._run()
+        run._write_config()
+    return run._run()
 
 
-def load(run_dir, checkpoint="last"):
+def load(run_dir, checkpoint="last", task=None):
     """The model, in eval mode, and the tokenizer of a run.
 
     Parameters
@@ -449,119 +499,138 @@ def load(run_dir, checkpoint="last"):
     run_dir : path-like
     checkpoint : "last" or "best"
         The newest checkpoint, or the one with the lowest validation loss.
+    task : cllm.Task, optional
+        For a run whose task was given in Python: the same one again. Its model is filled and returned.
+
+    Returns
+    -------
+    model : nn.Module
+    tokenizer : object or None
+        None for a task without one.
 
     Raises
     ------
     InputError
-        When there is no run or no complete checkpoint.
+        When there is no run or no complete checkpoint, or no model that belongs to it.
+
+    Warns
+    -----
+    UserWarning
+        When a file that the model came from has changed since.
     """
     if checkpoint not in ("last", "best"):
         raise InputError(f'checkpoint is {checkpoint!r}, it must be "last" or "best"')
     run_dir = Path(run_dir)
-    config = _saved_config(run_dir)
+    _check_run(run_dir)
     path = checkpoints.newest(run_dir) if checkpoint == "last" else checkpoints.best(run_dir)
     if path is None:
         raise InputError(f"{run_dir} has no complete checkpoint yet; continue it with: cllm resume {run_dir}")
     arrays, _, state = checkpoints.load(path)
-    model = GPT(replace(config.model, vocab_size=state["vocab_size"]), seed=config.train.seed)
+    try:
+        userfile.refuse_changed(state.get("files", {}), run_dir / FILES, run_dir)
+    except InputError as changed:
+        warnings.warn(f"the model may not be the one that was trained: {changed}", stacklevel=2)
+    config = configs.load(run_dir / "config.toml")
+    if config.task.run is not None:
+        raise InputError(
+            f"{run_dir} was trained by {config.task.run}, which alone knows its model; "
+            f"cllm.checkpoint.load({str(path)!r}) gives what it saved"
+        )
+    if task is None and config.task.build == tasks.GIVEN:
+        raise InputError(f"{run_dir} was trained on a task made in Python: give it again, as task=...")
+    if task is None and config.task.build is None:
+        model = GPT(replace(config.model, vocab_size=state["vocab_size"]), seed=config.train.seed)
+        tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    else:
+        task = task or _task(config)
+        model, tokenizer = task.model, task.tokenizer
     model.load_state_dict(arrays)
     model.eval()
-    return model, load_tokenizer(run_dir / "tokenizer.json")
+    return model, tokenizer
 
 
-def evaluate(model, tokens, batch_size=None):
-    """The loss on a whole split, in fixed windows of the model's block size.
+def evaluate(model, data, batch_size=None, *, loss=None, metrics=None):
+    """The loss on all of a split, in fixed windows of the model's block size, or of a dataset.
 
     Parameters
     ----------
-    model : GPT
+    model : nn.Module
         It is evaluated in eval mode and left as it was.
-    tokens : cllm.data.Tokens
+    data : cllm.data.Tokens or dataset
+        A dataset has ``len(d)`` and ``d[indices] -> cllm.Batch``.
     batch_size : int, optional
-        Windows in a batch.
+        Windows or examples in a batch; the result depends on it only by rounding.
+    loss, metrics
+        As of a `cllm.Task`.
 
     Returns
     -------
     dict
-        loss (nats a token), perplexity, tokens (predicted ones).
+        loss (nats a token), perplexity (without a loss of one's own), the metrics, tokens (how many
+        targets counted).
 
     Raises
     ------
     InputError
-        When the split is shorter than one window.
+        When the split is shorter than one window, or nothing in it counts.
     """
-    block_size = model.config.block_size
-    batch_size = batch_size or max(1, EVALUATION_TOKENS // block_size)
+    batches = feed(data, "the data to evaluate", getattr(getattr(model, "config", None), "block_size", None))
+    for name, metric in (metrics or {}).items():
+        tasks.check_metric(name, metric)
+    result, count = _measure(model, batches.batches(batch_size or _evaluation_batch(batches)), loss, metrics)
+    if not count:
+        raise InputError("nothing to evaluate counts: all targets are masked")
+    return {**result, "tokens": count}
+
+
+def _evaluation_batch(source, training=1):
+    """How many examples of a feed are evaluated at once, where training takes `training`."""
+    return max(1, EVALUATION_TOKENS // source.size) if source.unit == "token" else max(training, 256)
+
+
+def _measure(model, batches, loss=None, measured=None):
+    """Loss, perplexity and metrics over batches as a dict, and how many losses counted."""
+    streaming = {name: metric for name, metric in (measured or {}).items() if tasks.is_streaming(metric)}
+    means = {name: metrics.Mean(f) for name, f in (measured or {}).items() if name not in streaming}
+    for metric in streaming.values():
+        metric.reset()
     training = model.training
     model.eval()
     total, count = 0.0, 0
     try:
         with no_grad():
-            for inputs, targets in tokens.windows(block_size, batch_size):
-                losses = model.loss(inputs, targets, reduction="none").data
-                total += float(losses.sum(dtype=np.float64))
-                count += targets.size
+            for batch in batches:
+                if loss is None:
+                    losses, n = tasks.language_loss(model, batch, "none")
+                    total += float(losses.data.sum(dtype=np.float64))
+                else:
+                    part, n = tasks.checked_loss(loss(model, batch))
+                    total += part.item()
+                count += n
+                if measured:
+                    outputs = model(batch.inputs)
+                for metric in streaming.values():
+                    metric.update(outputs, batch.targets, tasks.counted(batch))
+                for mean in means.values():
+                    mean.update(outputs, batch)
     finally:
         model.train(training)
-    loss = total / count
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": count}
+    if not count:
+        return {}, 0
+    mean = total / count
+    result = {"loss": mean}
+    if loss is None:
+        result["perplexity"] = math.exp(mean) if mean < 700 else math.inf
+    for name in measured or ():
+        if name in streaming:
+            value = streaming[name].compute()
+            several = isinstance(value, dict)
+            result |= {f"{name}.{part}": v for part, v in value.items()} if several else {name: value}
+        elif means[name].count:  # what was not measured has no key
+            result[name] = means[name].compute()
+    return result, count
 
 
-def _refuse_used(run_dir):
-    if (run_dir / "sweep.toml").exists():
-        raise InputError(f"{run_dir} holds a sweep; choose another run.dir")
-    if any((run_dir / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-        raise InputError(
-            f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "
-            "or choose another run.dir"
-        )
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        raise InputError(f"{run_dir} holds other files; a run needs a new or empty folder: --run.dir DIR")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"run.dir is {run_dir}, which is a file; it must be a new or empty folder")
-
-
-def _next_directory(name):
-    """Make the first free runs/<name>-<n>; two runs that start at once get two."""
-    n = 1
-    while True:
-        path = Path("runs") / f"{name}-{n}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            n += 1
-
-
-def _saved_config(run_dir):
+def _check_run(run_dir):
     if not (run_dir / "config.toml").exists():
         raise InputError(f"{run_dir} holds no run: it has no config.toml")
-    return configs.load(run_dir / "config.toml")
-
-
-@contextmanager
-def _deferred_interrupt():
-    """An event that the first Ctrl-C sets, so that no step is torn; the second one interrupts at once."""
-    event = threading.Event()
-
-    def handle(signum, frame):
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    main = threading.current_thread() is threading.main_thread()
-    # Whoever has set a handler of their own, or ignores the signal, keeps that.
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield event
-        return
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _memory_peak_mb():
-    """The most memory that this process has held, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux kilobytes
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -16,7 +16,7 @@ from pathlib import Path
 from cllm.errors import InputError, nearest
 from cllm.files import write_atomic
 
-__all__ = ["digest", "is_reference", "keep", "load", "own_traceback"]
+__all__ = ["digest", "digests", "is_reference", "keep", "load", "own_traceback", "refuse_changed"]
 
 _MODULES = {}  # (resolved path, sha256) -> module
 _RUN = set()  # paths of the files that were run, as they were written
@@ -61,19 +61,44 @@ def digest(reference, what="the reference"):
     return hashlib.sha256(_read(path, what)).hexdigest()
 
 
-def keep(references, folder):
-    """Write a copy of each file that the references name into `folder`, under `kept_name`."""
-    for reference in references:
-        path, _ = _parts(reference, "the reference")
-        source = _read(path, "the reference")
+def digests(references):
+    """The SHA-256 of each file that the references name: {path as written: hexadecimal digits}."""
+    return {str(_parts(reference, "the reference")[0]): digest(reference) for reference in references}
+
+
+def keep(files, folder):
+    """Copy files into `folder`, so that the versions of `digests` can be put back; other copies go."""
+    for path, sha256 in files.items():
         folder.mkdir(exist_ok=True)
-        write_atomic(folder / kept_name(reference, hashlib.sha256(source).hexdigest()), source)
+        write_atomic(folder / _kept_name(path, sha256), Path(path).read_bytes())
+    wanted = {_kept_name(path, sha256) for path, sha256 in files.items()}
+    for path in folder.glob("*.py"):
+        if path.name not in wanted:
+            path.unlink()
 
 
-def kept_name(reference, sha256):
-    """What `keep` calls the copy of a reference's file: my-1a2b3c4d.py."""
-    path, _ = _parts(reference, "the reference")
-    return f"{path.stem}-{sha256[:8]}.py"
+def refuse_changed(files, folder, run_dir):
+    """Raise when a file is no longer as `digests` found it for a run; `folder` holds the kept copies.
+
+    Raises
+    ------
+    InputError
+        Says how to go on.
+    """
+    for path, sha256 in files.items():
+        try:
+            same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == sha256
+        except OSError:
+            same = False
+        if not same:
+            raise InputError(
+                f"{path} has changed since {run_dir} was trained with it; put back the version that is kept "
+                f"in {folder / _kept_name(path, sha256)}, or start a new run"
+            )
+
+
+def _kept_name(path, sha256):
+    return f"{Path(path).stem}-{sha256[:8]}.py"
 
 
 def own_traceback(error):

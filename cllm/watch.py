@@ -133,6 +133,7 @@ class Table(Lines):
         for name, (step, loss) in list(self.running.items())[:MOST_ROWS]:
             steps, setting = self.max_steps[name], self.results[name].trial.setting
             bar = ProgressBar(steps, step, width=20)
-            rows.add_row(name, self.sweep.describe(setting), bar, f"step {step}/{steps}", f"loss {loss:.3f}")
+            shown = "" if loss is None else f"loss {loss:.3f}"
+            rows.add_row(name, self.sweep.describe(setting), bar, f"step {step}/{steps}", shown)
         below = [f"and {len(self.running) - MOST_ROWS} more"] if len(self.running) > MOST_ROWS else []
         return Group(total, rows, *below, self.best)

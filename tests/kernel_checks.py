@@ -40,6 +40,31 @@ def assert_close(result, expected, dtype):
         assert largest <= 4 * np.finfo(dtype).eps or error(result, expected) < TOLERANCE[np.dtype(dtype)]
 
 
+def numeric_gradient(function, arrays, i, dout, step=1e-6):
+    """d sum(function(*arrays) dout) / d arrays[i] by central differences."""
+    gradient = np.empty_like(arrays[i])
+    for at in np.ndindex(arrays[i].shape):
+        shifted = []
+        for sign in (1, -1):
+            copies = [array.copy() for array in arrays]
+            copies[i][at] += sign * step
+            shifted.append(np.sum(function(*copies) * dout))
+        gradient[at] = (shifted[0] - shifted[1]) / (2 * step)
+    return gradient
+
+
+def check_gradients(function, backward, *arrays):
+    """backward(dout, *arrays) gives the gradient of function(*arrays) for each of the arrays."""
+    dout = values(*np.shape(function(*arrays)), seed=99)
+    gradients = backward(dout, *arrays)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    assert len(gradients) == len(arrays)
+    for i, gradient in enumerate(gradients):
+        assert gradient.dtype == np.float64
+        assert gradient.shape == arrays[i].shape
+        assert error(gradient, numeric_gradient(function, arrays, i, dout)) < 1e-8
+
+
 def same_bits(a, b):
     """Whether two arrays, or tuples of arrays, hold the same bytes."""
     if isinstance(a, tuple):

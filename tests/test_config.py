@@ -107,6 +107,27 @@ def test_another_optimizer_starts_from_its_own_defaults():
         ("[schedule]\nmin_lr = 1e-2", r"schedule.min_lr is 0.01, it must be at most optim.lr \(0.001\)"),
         ("[schedule]\nwarmup_steps = -1", r"schedule.*warmup_steps.*-1"),
         ('[schedule]\nname = "cosin"', r'schedule.*cosin.*did you mean "cosine"'),
+        ("[schedule]\ngama = 0.5", r'unknown key schedule.gama \(did you mean "schedule.gamma"\?\)'),
+        ("[schedule]\ngamma = 0.5", r"schedule.gamma is not an argument of cosine, .* warmup_steps, min_lr"),
+        ('[schedule]\nname = "step"', r"schedule.step_size is missing, step needs it"),
+        ('[schedule]\nname = "step"\nstep_size = 2.5', r"schedule.step_size is 2.5, it must be an integer"),
+        (
+            '[schedule]\nname = "multi_step"\nmilestones = [500, 300]',
+            r"char.toml: schedule.milestones has 300 after 500, it must increase",
+        ),
+        (
+            '[schedule]\nname = "multi_step"\nmilestones = [0.5]',
+            r"schedule.milestones is \[0.5\], it must be a list of integers",
+        ),
+        (
+            '[schedule]\nname = "wsd"\ndecay_shape = "linea"',
+            r'schedule.decay_shape is "linea" \(did you mean "linear"\?\), it must be "linear" or "1-sqrt"',
+        ),
+        ('[schedule]\nname = "one_cycle"\nmin_lr = 0.0', r"schedule.min_lr is not an argument of one_cycle"),
+        (
+            '[schedule]\nname = "join"\nnames = ["constant", "cosin"]\nboundaries = [500]',
+            r'schedule.names is "cosin" \(did you mean "cosine"\?\)',
+        ),
         ("[model]\nn_embd = 130", r"model.*n_embd.*130.*n_head.*4"),
         ("[model]\nn_layer = 0", r"model.*n_layer.*0"),
         ("[model]\ndropout = 1.5", r"model.*dropout.*1.5"),
@@ -196,6 +217,8 @@ def test_describe_lists_each_key_with_type_and_default():
     assert rows["train.batch_size"] == ('an integer or "full"', 12)
     assert rows["model.bias"] == ("true or false", True)
     assert rows["optim.betas"] == ("a list of 2 numbers", [0.9, 0.99])
+    assert rows["schedule.warmup_steps"] == ("an integer", 100)
+    assert rows["schedule.milestones"] == ("a list of integers", None)
     assert rows["optim.momentum"][1] is None and "model.vocab_size" not in rows
     assert set(configs.flatten(to_dict(Config()))) <= set(rows)
 
@@ -205,3 +228,5 @@ def test_a_warm_up_longer_than_the_run_is_noted():
     (note,) = configs.notes(configs.from_dict({"train": {"max_steps": 20}}))
     assert "warmup_steps is 100" in note
     assert "20% of optim.lr" in note
+    without = {"schedule": {"name": "one_cycle"}, "train": {"max_steps": 20}}
+    assert configs.notes(configs.from_dict(without)) == []

@@ -253,6 +253,20 @@ def test_byte_round_trip(text):
     assert tokenizer.decode(tokens) == text
 
 
+@given(st.text(min_size=1))
+def test_byte_lengths_add_up_to_the_texts(text):
+    for tokenizer in (data.CharTokenizer(text), data.ByteTokenizer()):
+        lengths = tokenizer.byte_lengths()
+        assert lengths.dtype == np.int64 and lengths.shape == (tokenizer.vocab_size,)
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_byte_lengths_of_characters_and_of_unknown_tokens():
+    edges = "\x00\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff"
+    assert data.CharTokenizer(edges).byte_lengths().tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert data.tokenizer_from_dict({"type": "ids", "vocab_size": 9}).byte_lengths() is None
+
+
 def test_byte_decodes_a_cut_character():
     assert data.ByteTokenizer().decode([0xC3, 0x61]) == "\ufffda"
 

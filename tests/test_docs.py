@@ -36,7 +36,8 @@ def at_root(monkeypatch, tmp_path):
 def small(text_file):
     return [
         "--data.source", str(text_file), "--train.max-steps", "6", "--train.eval-interval", "3",
-        "--model.n-layer", "2", "--model.n-embd", "32", "--schedule.warmup-steps", "2", "--schedule.min-lr", "0",
+        "--model.n-layer", "2", "--model.n-embd", "32", "--schedule.warmup-steps", "2",
+        "--schedule.min-lr", "0",
     ]  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from cllm import functional as F
 from cllm import nn, rng
 from cllm._core import pool
 from cllm.errors import InputError
-from cllm.generate import generate
 
 SMALL = cllm.GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 
@@ -56,6 +55,7 @@ def test_the_default_config_is_the_interfaces():
         "vocab_size": 65, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0,
         "bias": True, "activation": "gelu_tanh", "d_ff": None, "n_kv_head": None, "position": "learned",
         "norm": "layer", "norm_position": "pre", "qk_norm": False, "tied": True, "attention": "fused",
+        "init": "gpt2", "rotary_base": 10000.0,
     }  # fmt: skip
     assert type(cllm.GPTConfig(vocab_size=np.int64(7)).vocab_size) is int
     assert cllm.GPTConfig(n_kv_head=4, d_ff=100).d_ff == 100
@@ -81,12 +81,21 @@ def test_the_default_config_is_the_interfaces():
             {"activation": "gelutanh"},
             r'activation is \'gelutanh\' \(did you mean "gelu_tanh"\?\), it must be "gelu_tanh"',
         ),
-        ({"position": "rope"}, "position is 'rope', it must be \"learned\""),
-        ({"norm": "rms"}, 'it must be "layer"'),
-        ({"norm_position": "post"}, 'it must be "pre"'),
-        ({"attention": []}, 'it must be "fused"'),
-        ({"n_kv_head": 2}, r"n_kv_head is 2, it must be n_head \(4\)"),
-        ({"qk_norm": True}, "qk_norm is true"),
+        ({"position": "rope"}, '"learned", "rotary", "sinusoidal", "alibi" or "none"$'),
+        ({"position": 3}, "position is 3, it must be"),
+        ({"norm": "batch"}, 'norm is \'batch\', it must be "layer" or "rms"$'),
+        ({"norm_position": "Post"}, r'\(did you mean "post"\?\), it must be "pre" or "post"$'),
+        ({"attention": []}, 'attention is .., it must be "fused" or "plain", or FILE.py:CLASS for a class'),
+        ({"attention": "flash"}, "attention is 'flash', it must be"),
+        ({"init": "xavier"}, r'init is \'xavier\' \(did you mean "xavier_normal"\?\), it must be "gpt2", '),
+        ({"n_kv_head": 3}, r"n_kv_head is 3, it must divide n_head \(4\)"),
+        ({"n_kv_head": 8}, r"n_kv_head is 8, it must divide n_head \(4\)"),
+        ({"n_kv_head": 0}, "n_kv_head is 0"),
+        ({"qk_norm": 1}, "qk_norm is 1, it must be true or false"),
+        ({"rotary_base": 1}, "rotary_base is 1, it must be a number above 1"),
+        ({"rotary_base": float("inf")}, "rotary_base is inf"),
+        ({"position": "rotary", "n_embd": 20}, "and n_embd / n_head is 5, it must be even: channels"),
+        ({"position": "sinusoidal", "n_embd": 15, "n_head": 3}, "and n_embd is 15, it must be even"),
     ],
 )
 def test_bad_configs_are_refused_in_a_sentence(fields, message):
@@ -369,61 +378,3 @@ def test_bad_arguments():
         cllm.GPT({"n_layer": 1})
     with pytest.raises(InputError, match="float16"):
         cllm.GPT(SMALL, dtype=np.float16)
-
-
-# Generation
-
-
-def test_generate_continues_and_repeats_under_a_seed():
-    model = cllm.GPT(SMALL)
-    model.train()
-    prompt = np.array([[1, 2, 3], [4, 5, 6]])
-    out = generate(model, prompt, 12, seed=1)  # beyond block_size
-    assert out.shape == (2, 15) and out.dtype == np.int64 and (out[:, :3] == prompt).all() and model.training
-    assert (out >= 0).all() and (out < 11).all()
-    np.testing.assert_array_equal(out, generate(model, prompt, 12, seed=1))
-    assert (out != generate(model, prompt, 12, seed=2)).any()
-    assert generate(model, prompt[0], 2).shape == (5,) and generate(model, prompt, 0).shape == (2, 3)
-    dropping = cllm.GPT(dataclasses.replace(SMALL, dropout=0.9))
-    np.testing.assert_array_equal(out, generate(dropping, prompt, 12, seed=1))  # in eval mode
-
-
-def test_generate_greedily_and_from_the_top_k():
-    model = cllm.GPT(SMALL)
-    for p in model.parameters():
-        p.data *= 10
-    sequence = generate(model, np.array([3]), 10, temperature=0)
-    for i in range(1, 11):
-        assert sequence[i] == model(sequence[None, max(0, i - 8) : i]).data[0, -1].argmax()
-    np.testing.assert_array_equal(sequence, generate(model, np.array([3]), 10, top_k=1, seed=5))
-    logits = model(np.array([[3]])).data[0, -1]
-    drawn = {
-        int(generate(model, np.array([3]), 1, top_k=3, temperature=5.0, seed=seed)[1]) for seed in range(60)
-    }
-    assert drawn == set(np.argsort(logits)[-3:].tolist())
-
-
-def test_generate_draws_by_probability():
-    model = cllm.GPT(dataclasses.replace(SMALL, vocab_size=3))
-    model.lm_head.weight.data *= 40
-    logits = model(np.array([[1]])).data[0, -1].astype(np.float64) / 2
-    p = np.exp(logits - logits.max())
-    p /= p.sum()
-    out = generate(model, np.ones((4000, 1), int), 1, temperature=2.0)
-    np.testing.assert_allclose(np.bincount(out[:, 1], minlength=3) / 4000, p, atol=0.03)
-
-
-@pytest.mark.parametrize(
-    "tokens, options, message",
-    [
-        (np.zeros(0, int), {}, "T at least 1"),
-        (np.zeros(2), {}, "must be integers"),
-        (np.zeros(2, int), {"max_new_tokens": -1}, "max_new_tokens is -1"),
-        (np.zeros(2, int), {"temperature": -0.5}, "temperature is -0.5"),
-        (np.zeros(2, int), {"temperature": float("nan")}, "temperature is nan"),
-        (np.zeros(2, int), {"top_k": 0}, "top_k is 0"),
-    ],
-)
-def test_generate_refuses(tokens, options, message):
-    with pytest.raises(InputError, match=message):
-        generate(cllm.GPT(SMALL), tokens, **{"max_new_tokens": 1, **options})

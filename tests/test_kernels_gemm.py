@@ -16,6 +16,7 @@ from kernel_checks import (
     assert_refuses,
     assert_refuses_bad_out,
     assert_same_at_any_thread_count,
+    check_gradients,
     error,
     same_bits,
     values,
@@ -182,29 +183,69 @@ def test_not_a_number_reaches_its_own_row_and_column_only():
 # Feed-forward and head -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def feed_forward_problem(activation, dtype, rows=(5, 7)):
+    """dy, x, w1, b1, w2, b2."""
+    n_pre = 60 if activation == "swiglu" else 30
+    shapes = (*rows, 10), (*rows, 12), (n_pre, 12), (n_pre,), (10, 30), (10,)
+    return [values(*shape, dtype=dtype, seed=seed, scale=0.5) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("rows", [(5, 7), (), (0, 3), (400,)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_feed_forward(dtype, approximate):
-    x, dy = values(5, 7, 12, dtype=dtype), values(5, 7, 10, dtype=dtype, seed=1)
-    w1, b1 = values(30, 12, dtype=dtype, seed=2), values(30, dtype=dtype, seed=3)
-    w2, b2 = values(10, 30, dtype=dtype, seed=4), values(10, dtype=dtype, seed=5)
-    y, pre = kernels.feed_forward_forward(x, w1, b1, w2, b2, approximate)
-    expected = reference.feed_forward_forward(x, w1, b1, w2, b2, approximate)
+def test_feed_forward(dtype, rows, activation):
+    dy, x, w1, b1, w2, b2 = feed_forward_problem(activation, dtype, rows)
+    y, pre = kernels.feed_forward_forward(x, w1, b1, w2, b2, activation)
+    expected = reference.feed_forward_forward(x, w1, b1, w2, b2, activation)
     assert_close((y, pre), expected, dtype)
-    results = kernels.feed_forward_backward(dy, x, pre, w1, w2, approximate=approximate)
-    wanted = reference.feed_forward_backward(dy, x, expected[1], w1, w2, approximate=approximate)
+    call = kernels.feed_forward_backward
+    results = call(dy, x, pre, w1, w2, activation=activation)
+    wanted = reference.feed_forward_backward(dy, x, expected[1], w1, w2, activation=activation)
     assert_close(results, wanted, dtype)
-    twice = kernels.feed_forward_backward(
-        dy,
-        x,
-        pre,
-        w1,
-        w2,
-        approximate=approximate,
-        out=(None, *[r.copy() for r in results[1:]]),
-        accumulate=True,
-    )
+    out = (None, *[r.copy() for r in results[1:]])
+    twice = call(dy, x, pre, w1, w2, activation=activation, out=out, accumulate=True)
     assert_close(twice, (wanted[0], *[2 * w for w in wanted[1:]]), dtype)
+    bare = call(dy, x, pre, w1, w2, activation=activation, bias=False)
+    assert same_bits(bare, (*results[:2], None, results[3], None))
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_feed_forward_gradients_are_those_of_finite_differences(activation):
+    _, x, w1, b1, w2, b2 = feed_forward_problem(activation, np.float64, (3,))
+
+    def backward(dy, x, w1, b1, w2, b2):
+        _, pre = kernels.feed_forward_forward(x, w1, b1, w2, b2, activation)
+        return kernels.feed_forward_backward(dy, x, pre, w1, w2, activation=activation)
+
+    check_gradients(
+        lambda *arrays: kernels.feed_forward_forward(*arrays, activation)[0], backward, x, w1, b1, w2, b2
+    )
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_feed_forward_gives_the_same_bits_at_any_thread_count(activation):
+    dy, x, w1, b1, w2, b2 = feed_forward_problem(activation, np.float32, (1200,))
+
+    def passes():
+        y, pre = kernels.feed_forward_forward(x, w1, b1, w2, b2, activation)
+        return y, pre, *kernels.feed_forward_backward(dy, x, pre, w1, w2, activation=activation)
+
+    assert_same_at_any_thread_count(passes)
+
+
+def test_feed_forward_refuses_bad_arguments():
+    dy, x, w1, b1, w2, b2 = feed_forward_problem("swiglu", np.float32)
+    forward, backward = kernels.feed_forward_forward, kernels.feed_forward_backward
+    allowed = "gelu_tanh, gelu, relu, relu_squared, silu, tanh, sigmoid, swiglu"
+    message = f"feed_forward_forward: activation is 'elu', it must be one of {allowed}"
+    assert_refuses(ValueError, message, forward, x, w1, b1, w2, b2, "elu")
+    message = "feed_forward_forward: x is (5, 7, 12), w1 is (60, 12), w2 is (10, 30); they must be (..., C), "
+    assert_refuses(ValueError, f"{message}(F, C) and (O, F)", forward, x, w1, b1, w2, b2)
+    message = "feed_forward_forward: x is (5, 7, 12), w1 is (30, 12), w2 is (10, 30); they must be (..., C), "
+    assert_refuses(ValueError, f"{message}(2 F, C) and (O, F)", forward, x, w1[:30], b1, w2, b2, "swiglu")
+    message = "feed_forward_backward: pre is (5, 7, 30), it must be (5, 7, 60)"
+    pre = values(5, 7, 30, dtype=np.float32)
+    assert_refuses(ValueError, message, backward, dy, x, pre, w1, w2, activation="swiglu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,12 @@
 """Optimizer kernels: float64 formulas, threads bitwise, odd and empty sizes, denormals, bad arguments."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import DTYPES, assert_close, assert_refuses, misaligned, strided
 
 from cllm import kernels, reference
 
@@ -25,12 +30,16 @@ VARIANTS = {
     "rmsprop momentum": (
         "rmsprop_update", {"lr": 0.01, "alpha": 0.9, "momentum": 0.8}, ("v", "momentum_buffer")
     ),
+    "adagrad": (
+        "adagrad_update", {"lr": 0.1, "step": 3, "lr_decay": 0.2, "weight_decay": 0.1}, ("accumulator",)
+    ),
+    "lion": ("lion_update", {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}, ("m",)),
 }  # fmt: skip
 
 
 def arrays_for(rng, shape, dtype, names):
     arrays = {name: rng.standard_normal(shape).astype(dtype) for name in ("param", "grad", *names)}
-    for name in ("v", "v_max"):
+    for name in ("v", "v_max", "accumulator"):
         if name in arrays:
             arrays[name] = arrays[name] ** 2
     return arrays
@@ -161,6 +170,20 @@ def test_any_shape_and_a_strided_read_only_gradient(name):
         np.testing.assert_array_equal(arrays[key], expected[key])
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(VARIANTS)), st.sampled_from(DTYPES), st.integers(0, 200), st.integers(0, 2**31))
+def test_updates_match_the_reference_at_any_size(name, dtype, size, seed):
+    function, arguments, state = VARIANTS[name]
+    arrays = arrays_for(np.random.default_rng(seed), size, dtype, state)
+    expected = copies(arrays, np.float64)
+    if function == "sgd_update":
+        expected.setdefault("momentum_buffer", None)
+    getattr(kernels, function)(**arrays, **arguments)
+    getattr(reference, function)(**expected, **arguments)
+    for key in ("param", *state):
+        assert_close(arrays[key], expected[key], dtype)
+
+
 def test_sgd_first_does_not_read_the_buffer():
     param, grad, buffer = np.ones(50), np.arange(50.0), np.full(50, np.nan)
     kernels.sgd_update(param, grad, buffer, lr=0.5, momentum=0.9, dampening=0.5, first=True)
@@ -177,6 +200,26 @@ def test_moments_do_not_stay_denormal(dtype):
         kernels.adam_update(param, grad, m, v, step=step, lr=1e-3, betas=(0.5, 0.5))
         kernels.sgd_update(param, grad, buffer, lr=1e-3, momentum=0.5)
     assert not m.any() and not v.any() and not buffer.any()
+    m, matrix = np.full(100, tiny * 1.5, dtype), np.ones((10, 10), dtype)
+    kernels.lion_update(param, grad, m, lr=1e-3, betas=(0.5, 0.5))
+    buffer, row, column = (np.full(shape, tiny * 1.5, dtype) for shape in ((10, 10), (10, 1), (1, 10)))
+    kernels.muon_update(matrix, np.zeros_like(matrix), buffer, lr=1e-3, momentum=0.5)
+    kernels.adafactor_update(matrix, np.zeros_like(matrix), row, column, step=3, lr=1e-3)
+    assert not m.any() and not buffer.any() and not row.any() and not column.any()
+    assert np.isfinite(matrix).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_subnormals_change_nothing_that_can_be_seen(dtype):
+    """Their squares are zero, and no rule divides by the root of that alone."""
+    size = np.finfo(dtype).tiny / dtype(8)
+    for function, arguments, names in VARIANTS.values():
+        arrays = {key: np.zeros(50, dtype) for key in names}
+        param = np.ones(50, dtype)
+        getattr(kernels, function)(param, np.full(50, size), **arrays, **{**arguments, "weight_decay": 0.0})
+        step = arguments["lr"] if function == "lion_update" else 0  # of which the sign is all that counts
+        np.testing.assert_allclose(param, 1 - step, rtol=1e-6)
+        assert all(np.isfinite(array).all() for array in arrays.values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -187,6 +230,249 @@ def test_nan_in_the_gradient_reaches_parameter_and_state(name):
     getattr(kernels, function)(**arrays, **arguments)
     for key in ("param", *state):
         assert np.isnan(arrays[key][21]) and np.isnan(arrays[key]).sum() == 1
+
+
+# Adafactor -------------------------------------------------------------------------------------------
+
+
+def adafactor_arrays(shape, dtype, seed=0):
+    """A parameter, and its state after some steps."""
+    rng = np.random.default_rng(seed)
+    arrays = {"param": rng.standard_normal(shape)}
+    if len(shape) > 1:
+        arrays["row_var"] = rng.standard_normal((*shape[:-1], 1)) ** 2
+        arrays["col_var"] = rng.standard_normal((*shape[:-2], 1, shape[-1])) ** 2
+    else:
+        arrays["variance"] = np.square(rng.standard_normal(shape), out=np.empty(shape))
+    return copies(arrays, dtype)
+
+
+ADAFACTOR = {"step": 3, "lr": 0.3, "weight_decay": 0.1, "eps": (1e-7, 1e-3)}
+# One row or column; more rows than blocks of them; long rows; matrices in a batch; vectors.
+ADAFACTOR_SHAPES = [
+    (1, 1), (1, 37), (37, 1), (33, 65), (2011, 3), (5, 9001), (130, 700), (3, 4, 5), (2, 0, 3), (0, 4),
+    (4, 0), (), (1,), (0,), (31,), (9000,),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ADAFACTOR_SHAPES, ids=str)
+def test_adafactor_matches_the_reference(shape, dtype):
+    arrays = adafactor_arrays(shape, dtype)
+    expected = copies(arrays, np.float64)
+    for step in (1, 2, 7):
+        grad = np.random.default_rng([1, step]).standard_normal(shape).astype(dtype)
+        arguments = {**ADAFACTOR, "step": step, "maximize": step == 2}
+        kernels.adafactor_update(grad=grad, **arrays, **arguments)
+        reference.adafactor_update(grad=grad.astype(np.float64), **expected, **arguments)
+        for key in arrays:
+            assert_close(arrays[key], expected[key], dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=0, max_size=3), st.sampled_from(DTYPES), st.integers(1, 50),
+    st.floats(1, 3), st.sampled_from([None, 1e-7, 0.0]), st.sampled_from([1e-12, 1.0, 1e6]),
+)  # fmt: skip
+def test_adafactor_matches_the_reference_at_any_shape(shape, dtype, step, d, eps1, scale):
+    arrays = adafactor_arrays(tuple(shape), dtype)
+    expected = copies(arrays, np.float64)
+    grad = (scale * np.random.default_rng(step).standard_normal(shape)).astype(dtype)
+    eps = float(np.finfo(dtype).eps) if eps1 is None else eps1
+    kernels.adafactor_update(grad=grad, **arrays, step=step, lr=0.1, d=d, eps=(eps1, 1e-3))
+    reference.adafactor_update(
+        grad=grad.astype(np.float64), **expected, step=step, lr=0.1, d=d, eps=(eps, 1e-3)
+    )
+    for key in arrays:
+        assert_close(arrays[key], expected[key], dtype)
+
+
+@pytest.mark.parametrize("shape", [(130, 700), (2011, 50), (70001,)], ids=str)
+def test_adafactor_is_the_same_bits_at_any_thread_count(shape, threads):
+    grad = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        arrays = adafactor_arrays(shape, np.float32)
+        kernels.adafactor_update(grad=grad, **arrays, **ADAFACTOR)
+        results.append(b"".join(array.tobytes() for array in arrays.values()))
+    assert results[0] == results[1] == results[2]
+
+
+def test_adafactor_of_zeros_and_huge_gradients():
+    for dtype in DTYPES:
+        arrays = adafactor_arrays((4, 5), dtype)
+        for array in (arrays["row_var"], arrays["col_var"]):
+            array[...] = 0
+        before = arrays["param"].copy()
+        kernels.adafactor_update(grad=np.zeros((4, 5), dtype), **arrays, step=1, lr=0.1, eps=(0.0, 0.0))
+        np.testing.assert_array_equal(arrays["param"], before)  # not 0 / 0
+        kernels.adafactor_update(grad=np.full((4, 5), 1e15, dtype), **arrays, step=1, lr=0.1)
+        assert np.isfinite(arrays["param"]).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40,)], ids=str)
+@pytest.mark.parametrize("bad", ["grad", "param"])
+def test_nan_reaches_all_of_an_adafactor_parameter(shape, bad):
+    """Its update is scaled by the root mean squares of the parameter and of the update."""
+    arrays = {**adafactor_arrays(shape, np.float32), "grad": np.ones(shape, np.float32)}
+    arrays[bad].reshape(-1)[7] = np.nan
+    kernels.adafactor_update(**arrays, **ADAFACTOR)
+    assert np.isnan(arrays["param"]).all()
+    hit = {"row_var": 1, "col_var": 1, "variance": 1} if bad == "grad" else {}
+    for key in ("row_var", "col_var", "variance"):  # the state depends on the gradient alone, place by place
+        if key in arrays:
+            assert np.isnan(arrays[key]).sum() == hit.get(key, 0)
+
+
+# Muon ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nesterov": False, "weight_decay": 0.0}, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
+     {"adjust_lr_fn": "original", "momentum": 0.0}, {"ns_coefficients": (2, -1.5, 0.5), "ns_steps": 12}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (33, 17), (17, 33), (64, 64), (200, 48)], ids=str)
+def test_muon_matches_the_reference(shape, options, dtype):
+    rng = np.random.default_rng(0)
+    arrays = {"param": rng.standard_normal(shape), "momentum_buffer": 0.1 * rng.standard_normal(shape)}
+    arrays = copies(arrays, dtype)
+    expected = copies(arrays, np.float64)
+    for _ in range(3):
+        grad = rng.standard_normal(shape).astype(dtype)
+        kernels.muon_update(grad=grad, **arrays, lr=0.1, **options)
+        reference.muon_update(grad=grad.astype(np.float64), **expected, lr=0.1, **options)
+    for key in arrays:
+        assert_close(arrays[key], expected[key], dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 40), st.integers(0, 40), st.sampled_from(DTYPES), st.integers(0, 6),
+    st.sampled_from([1e-9, 1.0, 1e6]),
+)  # fmt: skip
+def test_muon_matches_the_reference_at_any_shape(n_rows, n_columns, dtype, ns_steps, scale):
+    rng = np.random.default_rng(n_rows)
+    param, grad = rng.standard_normal((2, n_rows, n_columns)).astype(dtype)
+    grad *= dtype(scale)
+    buffer = np.zeros_like(param)
+    expected, expected_buffer = param.astype(np.float64), np.zeros(param.shape)
+    kernels.muon_update(param, grad, buffer, lr=0.1, ns_steps=ns_steps)
+    reference.muon_update(expected, grad.astype(np.float64), expected_buffer, lr=0.1, ns_steps=ns_steps)
+    assert_close(param, expected, dtype)
+    assert_close(buffer, expected_buffer, dtype)
+
+
+def test_muon_steps_along_an_orthogonal_matrix():
+    """With coefficients that converge: U V^T of the gradient's singular value decomposition."""
+    grad = np.random.default_rng(0).standard_normal((12, 7))
+    param = np.zeros_like(grad)
+    kernels.muon_update(
+        param, grad, np.zeros_like(grad), lr=1.0, ns_coefficients=(1.875, -1.25, 0.375), ns_steps=40,
+        weight_decay=0.0,
+    )  # fmt: skip
+    u, _, v = np.linalg.svd(grad, full_matrices=False)
+    np.testing.assert_allclose(param, -math.sqrt(12 / 7) * u @ v, atol=1e-12)
+
+
+def test_muon_is_the_same_bits_at_any_thread_count(threads):
+    rng = np.random.default_rng(1)
+    param, grad = rng.standard_normal((2, 300, 260)).astype(np.float32)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        p, buffer = param.copy(), np.zeros_like(param)
+        kernels.muon_update(p, grad, buffer, lr=0.1)
+        results.append(p.tobytes() + buffer.tobytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_muon_without_a_gradient_only_decays_and_nan_fills_the_matrix():
+    param, grad, buffer = np.ones((5, 3)), np.zeros((5, 3)), np.zeros((5, 3))
+    kernels.muon_update(param, grad, buffer, lr=0.5, weight_decay=0.1)
+    np.testing.assert_allclose(param, 0.95, rtol=1e-15)
+    grad[1, 2] = np.nan
+    kernels.muon_update(param, grad, buffer, lr=0.5)
+    assert np.isnan(param).all() and np.isnan(buffer).sum() == 1  # each singular vector depends on all
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "adagrad", "lion"])
+def test_the_gradient_may_be_strided_misaligned_and_read_only(name):
+    grad = np.random.default_rng(2).standard_normal((6, 10)).astype(np.float32)
+    results = []
+    for view in (grad, strided(grad), misaligned(grad), np.asfortranarray(grad)):
+        view.flags.writeable = False
+        arrays = {"param": np.ones((6, 10), np.float32)}
+        arguments = {"lr": 0.1}
+        if name == "adafactor":
+            arrays |= {"row_var": np.zeros((6, 1), np.float32), "col_var": np.zeros((1, 10), np.float32)}
+        else:
+            key = {"muon": "momentum_buffer", "adagrad": "accumulator", "lion": "m"}[name]
+            arrays[key] = np.zeros((6, 10), np.float32)
+        if name in ("adafactor", "adagrad"):
+            arguments["step"] = 1
+        getattr(kernels, f"{name}_update")(grad=view, **arrays, **arguments)
+        results.append([array.tobytes() for array in arrays.values()])
+    assert all(result == results[0] for result in results)
+
+
+# Statistics, scaling, clipping -----------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9000), st.sampled_from(DTYPES)), max_size=5), st.integers(0, 2**31))
+def test_array_statistics(sizes, seed):
+    rng = np.random.default_rng(seed)
+    arrays = []
+    for size, dtype in sizes:
+        x = rng.standard_normal(size).astype(dtype)
+        x[rng.random(size) < 0.2] = 0
+        if size:
+            x[rng.integers(size)] = rng.choice([1.0, -0.0, np.inf, -np.inf, np.nan, 1e-42, -1e30])
+        arrays.append(x)
+    table = kernels.array_statistics(arrays)
+    assert table.shape == (len(arrays), 4) and table.dtype == np.float64
+    expected = reference.array_statistics(arrays)
+    np.testing.assert_array_equal(table[:, 1:], expected[:, 1:])
+    np.testing.assert_allclose(table[:, 0], expected[:, 0], rtol=1e-13)
+    for x, row in zip(arrays, table):  # one by one or together: the same bits
+        assert kernels.array_statistics([x]).tobytes() == row.tobytes()
+        one = kernels.sum_of_squares(x)
+        assert one == row[0] or np.isnan(one)
+
+
+def test_array_statistics_of_strided_arrays_and_threads(threads):
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal((300, 701)).astype(np.float32).T, rng.standard_normal(5), np.float64(3)]
+    threads(1)
+    one = kernels.array_statistics(arrays)
+    threads(3)
+    assert kernels.array_statistics(arrays).tobytes() == one.tobytes()
+    np.testing.assert_allclose(one, reference.array_statistics(arrays), rtol=1e-13)
+    assert kernels.array_statistics([]).shape == (0, 4)
+
+
+def test_array_statistics_of_large_values_do_not_overflow_in_float32():
+    (row,) = kernels.array_statistics([np.full(64, -1e30, np.float32)])
+    assert row[0] == pytest.approx(64e60, rel=1e-6) and row[1] == np.float32(1e30) and row[3] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip(dtype, threads):
+    for size in SIZES:
+        x = np.random.default_rng(9).standard_normal(size).astype(dtype)
+        if size > 5:
+            x[:5] = np.nan, np.inf, -np.inf, -0.0, 0.37
+        expected = np.clip(x, dtype(-0.37), dtype(0.37))
+        unlimited = x.copy()
+        threads(3)
+        kernels.clip_(x, 0.37)
+        np.testing.assert_array_equal(x, expected)
+        kernels.clip_(unlimited, math.inf)
+        np.testing.assert_array_equal(np.clip(unlimited, dtype(-0.37), dtype(0.37)), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -303,6 +589,92 @@ def test_overlapping_arrays_are_refused():
 def test_bad_arguments_of_the_others(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.ones(4))
+
+
+def call_adafactor(**changes):
+    """Adafactor's step of a matrix (4, 3), with these arguments changed."""
+    arguments = {
+        "param": np.ones((4, 3)), "grad": np.ones((4, 3)), "row_var": np.zeros((4, 1)),
+        "col_var": np.zeros((1, 3)), "step": 1, "lr": 0.1, **changes,
+    }  # fmt: skip
+    before = {name: np.array(value) for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    try:
+        kernels.adafactor_update(**arguments)
+    finally:
+        for name, value in before.items():
+            np.testing.assert_array_equal(value, arguments[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad": np.ones(4)}, "grad is (4,), param is (4, 3)"),
+        ({"row_var": np.zeros(4)}, "row_var is (4,), it must be (4, 1)"),
+        ({"col_var": np.zeros((3, 1))}, "col_var is (3, 1), it must be (1, 3)"),
+        ({"variance": np.zeros((4, 3))}, "variance must be None, param has rows and columns"),
+        ({"param": np.ones(3), "grad": np.ones(3)}, "row_var must be None, param lacks rows and columns"),
+        ({"beta2_decay": 0.1}, "beta2_decay is 0.1, it must be a finite number of at most 0"),
+        ({"d": 0.5}, "d is 0.5, it must be at least 1"),
+        ({"eps": (-1.0, 1e-3)}, "eps1 is -1.0, it must be a finite number of at least 0"),
+        ({"eps": (None, math.inf)}, "eps2 is inf, it must be a finite number of at least 0"),
+        ({"step": 0}, "step is 0, it must be at least 1"),
+        ({"lr": -0.1}, "lr is -0.1, it must be a finite number of at least 0"),
+    ],
+    ids=lambda value: "",
+)
+def test_bad_adafactor_arguments_change_nothing(changes, message):
+    assert_refuses(ValueError, f"adafactor_update: {message}", call_adafactor, **changes)
+
+
+def test_wrong_kinds_of_adafactor_arguments():
+    for message, changes in (
+        ("row_var is NoneType, it must be a NumPy array", {"row_var": None}),
+        ("eps is 0.1, it must be a tuple of two numbers", {"eps": 0.1}),
+        ("col_var is float32, it must be float64", {"col_var": np.zeros((1, 3), np.float32)}),
+    ):
+        assert_refuses(TypeError, f"adafactor_update: {message}", call_adafactor, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"param": np.ones(3), "grad": np.ones(3), "momentum_buffer": np.ones(3)}, ValueError,
+         "param is (3,), it must have two dimensions"),
+        ({"momentum": 1.0}, ValueError, "momentum is 1.0, it must be below 1"),
+        ({"ns_steps": 100}, ValueError, "ns_steps is 100, it must be in [0, 100)"),
+        ({"ns_steps": 2.5}, TypeError, "ns_steps is 2.5, it must be an integer"),
+        ({"ns_coefficients": (1, 2)}, TypeError, "ns_coefficients is (1, 2), it must be three numbers"),
+        ({"ns_coefficients": (1, 2, math.nan)}, ValueError, "ns_coefficients has nan, it must be finite"),
+        ({"adjust_lr_fn": "x"}, ValueError,
+         'adjust_lr_fn is \'x\', it must be None, "original" or "match_rms_adamw"'),
+        ({"eps": 0.0}, ValueError, "eps is 0.0, it must be above 0"),
+    ],
+    ids=lambda value: "",
+)  # fmt: skip
+def test_bad_muon_arguments(changes, kind, message):
+    arrays = {name: np.ones((2, 3)) for name in ("param", "grad", "momentum_buffer")}
+    arguments = {**arrays, "lr": 0.1, **changes}
+    assert_refuses(kind, f"muon_update: {message}", kernels.muon_update, **arguments)
+    np.testing.assert_array_equal(arguments["param"], 1)
+    np.testing.assert_array_equal(arguments["momentum_buffer"], 1)
+
+
+def test_bad_arguments_of_adagrad_lion_clip_and_statistics():
+    x, y, z = np.ones(3), np.ones(3), np.ones(3)
+    for message, function, options in (
+        ("adagrad_update: lr_decay is -1, it must be a finite number of at least 0", kernels.adagrad_update,
+         {"step": 1, "lr": 0.1, "lr_decay": -1}),
+        ("adagrad_update: step is 0, it must be at least 1", kernels.adagrad_update, {"step": 0, "lr": 0.1}),
+        ("lion_update: beta2 is 1.0, it must be below 1", kernels.lion_update, {"lr": 1, "betas": (0, 1.0)}),
+        ("lion_update: weight_decay is nan, it must be a finite number of at least 0", kernels.lion_update,
+         {"lr": 0.1, "weight_decay": math.nan}),
+    ):  # fmt: skip
+        assert_refuses(ValueError, message, function, x, y, z, **options)
+    assert_refuses(ValueError, "clip_: limit is -1, it must be at least 0", kernels.clip_, x, -1)
+    assert_refuses(ValueError, "clip_: limit is nan, it must be at least 0", kernels.clip_, x, math.nan)
+    assert_refuses(TypeError, "clip_: limit is None, it must be a number", kernels.clip_, x, None)
+    assert_refuses(TypeError, "array_statistics: arrays[1] is int64, it must be float32 or float64",
+                   kernels.array_statistics, [x, np.arange(3)])  # fmt: skip
 
 
 def test_integers_are_refused():

@@ -1,6 +1,7 @@
 """Optimizers: against torch, joined against single parameters, state, skipped parameters, bad arguments."""
 
 import copy
+import inspect
 import math
 
 import numpy as np
@@ -8,10 +9,13 @@ import pytest
 
 from cllm import kernels, nn, optim
 from cllm.errors import InputError
-from cllm.optim import OptimConfig
 from cllm.tensor import Tensor
 
 SHAPES = [(7, 5), (5,), (), (0, 3), (33,), (1,), (40, 3)]
+SHAPES_OF = {
+    "Adafactor": [(7, 5), (5,), (), (2, 4, 3), (33,), (1,), (40, 3)],  # torch's divides by the size
+    "Muon": [(7, 5), (5, 7), (1, 4), (6, 1), (16, 16), (1, 1), (40, 3)],
+}
 
 VARIANTS = {
     "SGD": [
@@ -28,17 +32,34 @@ VARIANTS = {
         {"momentum": 0.9, "eps": 1e-3},
         {"momentum": 0.5, "centered": True, "eps": 1e-2, "maximize": True},
     ],
+    "Adagrad": [
+        {},
+        {"lr_decay": 0.1, "weight_decay": 0.1, "eps": 1e-3},
+        {"initial_accumulator_value": 0.5, "maximize": True},
+    ],
+    "Lion": [{}, {"betas": (0.8, 0.9), "weight_decay": 0.2}, {"maximize": True}],
+    "Adafactor": [
+        {},
+        {"weight_decay": 0.1, "beta2_decay": -0.5},
+        {"eps": (1e-3, 0.1), "d": 1.5, "maximize": True},
+    ],
+    "Muon": [
+        {},
+        {"nesterov": False, "momentum": 0.8, "weight_decay": 0.0},
+        {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
+        {"adjust_lr_fn": "original", "ns_coefficients": (2.0, -1.5, 0.5), "eps": 1e-4},
+    ],
 }
 CASES = [(name, arguments) for name, variants in VARIANTS.items() for arguments in variants]
 
 
 class Bag(nn.Module):
-    """Parameters of the shapes above, in one block when flat."""
+    """Parameters of the optimizer's shapes, in one block when flat."""
 
-    def __init__(self, dtype, flat, empty=True):
+    def __init__(self, dtype, flat, empty=True, name=None):
         super().__init__()
         rng = np.random.default_rng(0)
-        for i, shape in enumerate(SHAPES):
+        for i, shape in enumerate(SHAPES_OF.get(name, SHAPES)):
             if not empty and 0 in shape:
                 continue  # an empty view has no place in a block, so it is never joined
             setattr(self, f"p{i}", nn.Parameter(rng.standard_normal(shape).astype(dtype)))
@@ -46,8 +67,8 @@ class Bag(nn.Module):
             self.flatten()
 
 
-def gradient(step, i, dtype):
-    return np.random.default_rng([step, i]).standard_normal(SHAPES[i]).astype(dtype)
+def gradient(step, i, shape, dtype):
+    return np.asarray(np.random.default_rng([step, i]).standard_normal(shape), dtype)
 
 
 def skipped(step, i):
@@ -56,7 +77,7 @@ def skipped(step, i):
 
 def give_gradients(parameters, step, skip=skipped):
     for i, p in enumerate(parameters):
-        p.grad = None if skip(step, i) else gradient(step, i, p.dtype)
+        p.grad = None if skip(step, i) else gradient(step, i, p.shape, p.dtype)
 
 
 def no_skip(step, i):
@@ -64,7 +85,7 @@ def no_skip(step, i):
 
 
 def trained(name, arguments, dtype=np.float32, flat=True, steps=20, skip=skipped):
-    parameters = list(Bag(dtype, flat).parameters())
+    parameters = list(Bag(dtype, flat, name=name).parameters())
     optimizer = getattr(optim, name)(parameters, **arguments)
     for step in range(steps):
         give_gradients(parameters, step, skip)
@@ -77,47 +98,102 @@ def assert_same_bits(parameters, others):
         assert p.data.tobytes() == q.data.tobytes()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("name", "arguments"), CASES)
-def test_200_steps_match_torch_with_groups_changing_lr_and_skipped_parameters(name, arguments, dtype):
-    torch = pytest.importorskip("torch")
-    ours = list(Bag(dtype, flat=True).parameters())
+def torch_lion(torch):
+    """Lion for torch, which has none: program 1 of the paper (Chen et al. 2023), with `maximize`."""
+
+    class Lion(torch.optim.Optimizer):
+        def __init__(self, params, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+            super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+
+        @torch.no_grad()
+        def step(self):
+            for group in self.param_groups:
+                (beta1, beta2), lr = group["betas"], group["lr"]
+                for p in group["params"]:
+                    if p.grad is None:
+                        continue
+                    g = -p.grad if group["maximize"] else p.grad
+                    m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    update = (m * beta1 + g * (1 - beta1)).sign()
+                    p.mul_(1 - lr * group["weight_decay"]).sub_(update * lr)
+                    m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+    return Lion
+
+
+def largest_difference_to_torch(torch, name, arguments, dtype, module):
+    """Over 200 steps with a decaying lr, two groups, clipping and missing gradients: the largest error of a
+    parameter or state array, norm of the difference over norm of torch's."""
+    ours = list(Bag(dtype, flat=True, name=name).parameters())
     theirs = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in ours]
     optimizers = []
-    for parameters, module in ((ours, optim), (theirs, torch.optim)):
+    for parameters, cls in ((ours, getattr(optim, name)), (theirs, module)):
         groups = [
             {"params": parameters[:4], "lr": 3e-3},
             {"params": parameters[4:], "weight_decay": 0.02},
         ]
-        optimizers.append(getattr(module, name)(groups, lr=1e-2, **arguments))
+        optimizers.append(cls(groups, lr=1e-2, **arguments))
     for step in range(200):
-        for i, (p, q) in enumerate(zip(ours, theirs)):
-            p.grad = None if skipped(step, i) else gradient(step, i, dtype)
-            q.grad = None if skipped(step, i) else torch.tensor(gradient(step, i, dtype))
+        give_gradients(ours, step)
+        for p, q in zip(ours, theirs):
+            q.grad = None if p.grad is None else torch.tensor(p.grad)
+        optim.clip_grad_norm_(ours, 5.0)
+        torch.nn.utils.clip_grad_norm_(theirs, 5.0)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 250)
+            for group, lr in zip(optimizer.param_groups, (3e-3, 1e-2)):
+                group["lr"] = lr * (1 - step / 250)
             optimizer.step()
-    tolerance = 2e-5 if dtype == np.float32 else 1e-11
-    for p, q in zip(ours, theirs):
-        np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=tolerance, atol=tolerance)
+    pairs = [(p.data, q.detach().numpy()) for p, q in zip(ours, theirs)]
     state, torch_state = (optimizer.state_dict() for optimizer in optimizers)
     assert [g["params"] for g in state["param_groups"]] == [g["params"] for g in torch_state["param_groups"]]
     for i, values in torch_state["state"].items():
-        for key, value in values.items():
-            if value is None:  # torch's SGD without momentum
-                continue
-            np.testing.assert_allclose(
-                state["state"][i][key], np.asarray(value), tolerance, tolerance, err_msg=f"{key}.{i}"
-            )
+        # torch's SGD without momentum has a buffer that is None.
+        pairs += [(state["state"][i][key], np.asarray(x)) for key, x in values.items() if x is not None]
+    assert all(np.shape(a) == np.shape(b) for a, b in pairs)
+    return max(np.linalg.norm(np.subtract(a, b)) / max(np.linalg.norm(b), 1e-3) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_200_steps_match_torch_with_schedule_groups_clipping_and_skipped_parameters(
+    name, arguments, dtype, monkeypatch
+):
+    torch = pytest.importorskip("torch")
+    if name == "Muon":  # torch runs Newton-Schulz in bfloat16; here it runs in the parameters' own dtype
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    module = torch_lion(torch) if name == "Lion" else getattr(torch.optim, name)
+    difference = largest_difference_to_torch(torch, name, arguments, dtype, module)
+    assert difference < (2e-5 if dtype == np.float32 else 1e-11)
+
+
+def test_muon_is_as_close_to_torchs_bfloat16_as_that_allows():
+    """bfloat16 has 8 bits: each of the 15 products rounds by up to 0.4 %, and the iteration triples small
+    singular values, errors included. Seen: 4 % of a step; of the weights after 200 steps, 1 %."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    for shape in ((64, 64), (100, 30)):
+        start, grad = rng.standard_normal((2, *shape)).astype(np.float32)
+        p, q = Tensor(start.copy(), requires_grad=True), torch.nn.Parameter(torch.tensor(start))
+        p.grad, q.grad = grad, torch.tensor(grad)
+        optim.Muon([p], lr=0.1, weight_decay=0.0).step()
+        torch.optim.Muon([q], lr=0.1, weight_decay=0.0).step()
+        step = q.detach().numpy() - start
+        assert np.linalg.norm(p.data - start - step) < 0.06 * np.linalg.norm(step)
+    assert largest_difference_to_torch(torch, "Muon", {}, np.float32, torch.optim.Muon) < 0.02
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_constructors_have_torchs_arguments_and_defaults(name):
     torch = pytest.importorskip("torch")
-    p = Tensor(np.ones(3), requires_grad=True)
-    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(3))]).defaults
-    for key, value in getattr(optim, name)([p]).defaults.items():
-        assert value == theirs[key], key
+    if name == "Lion":
+        pytest.skip("torch has none")
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    ours = inspect.signature(getattr(optim, name)).parameters
+    own = {"betas"} if name == "Muon" else set()  # of its groups for AdamW
+    for key in ours.keys() - own:
+        assert ours[key].default == theirs[key].default, key
+    positional = [key for key, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == list(theirs)[: len(positional)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -131,7 +207,8 @@ def test_joined_and_loose_parameters_get_the_same_bits(name, arguments, dtype):
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_threads_do_not_change_bits(name, arguments):
     rng = np.random.default_rng(1)
-    data, grads = rng.standard_normal(150001).astype(np.float32), rng.standard_normal((3, 150001))
+    shape = (401, 375) if name in SHAPES_OF else (150001,)
+    data, grads = rng.standard_normal(shape).astype(np.float32), rng.standard_normal((3, *shape))
     before, results = kernels.get_num_threads(), []
     try:
         for n in (1, 3):
@@ -252,8 +329,8 @@ def test_zero_grad_forgets():
 # State -----------------------------------------------------------------------------------------------
 
 
-def twin_of(parameters, flat):
-    others = list(Bag(np.float32, flat).parameters())
+def twin_of(parameters, flat, name=None):
+    others = list(Bag(np.float32, flat, name=name).parameters())
     for p, q in zip(parameters, others):
         q.data[...] = p.data
     return others
@@ -268,7 +345,7 @@ def test_a_restored_optimizer_continues_with_the_same_bits(name, arguments, flat
         return skipped(step, i) or (i == 6 and step < 12)
 
     parameters, optimizer = trained(name, arguments, steps=10, skip=skip)
-    others = twin_of(parameters, flat)
+    others = twin_of(parameters, flat, name)
     other = getattr(optim, name)(others, **arguments)
     if way == "arrays":
         arrays = {key: array.copy() for key, array in optimizer.arrays().items()}
@@ -355,17 +432,31 @@ def test_state_of_another_kind_is_refused_and_changes_nothing():
         ("AdamW", {"weight_decay": math.nan}, "weight_decay is nan"),
         ("RMSprop", {"alpha": 1.0}, r"alpha is 1\.0, it must be a number in \[0, 1\)"),
         ("RMSprop", {"centered": None}, "centered is None"),
+        ("Adagrad", {"lr_decay": -1}, "lr_decay is -1, it must be a finite number of at least 0"),
+        ("Adagrad", {"initial_accumulator_value": -0.1}, r"initial_accumulator_value is -0\.1"),
+        ("Lion", {"betas": (0.9, 1)}, r"betas is \(0\.9, 1\), it must be two numbers in \[0, 1\)"),
+        ("Adafactor", {"beta2_decay": 0.8}, r"beta2_decay is 0\.8, it must be a finite number of at most 0"),
+        ("Adafactor", {"d": 0.5}, r"d is 0\.5, it must be a finite number of at least 1"),
+        ("Adafactor", {"eps": 1e-3}, r"eps is 0\.001, it must be two finite numbers of at least 0, of which"),
+        ("Adafactor", {"eps": (1e-3, None)}, r"eps is \(0\.001, None\)"),
+        ("Muon", {"momentum": 1.0}, r"momentum is 1\.0, it must be a number in \[0, 1\)"),
+        ("Muon", {"ns_coefficients": (1, 2)}, r"ns_coefficients is \(1, 2\), it must be three finite numb"),
+        ("Muon", {"ns_steps": 2.5}, r"ns_steps is 2\.5, it must be an integer from 0 to 99"),
+        ("Muon", {"ns_steps": math.nan}, "ns_steps is nan"),
+        ("Muon", {"ns_steps": 100}, "ns_steps is 100"),
+        ("Muon", {"adjust_lr_fn": "rms"}, 'adjust_lr_fn is \'rms\', it must be None, "original" or "match_r'),
     ],
 )
 def test_bad_hyperparameters(name, arguments, message):
-    p = Tensor(np.ones(3), requires_grad=True)
+    shape = (3, 3) if name == "Muon" else 3
+    p = Tensor(np.ones(shape), requires_grad=True)
     with pytest.raises(InputError, match=message):
         getattr(optim, name)([p], **arguments)
     with pytest.raises(InputError, match=message):
         getattr(optim, name)([{"params": [p], **arguments}])
     optimizer = getattr(optim, name)([p])
     optimizer.param_groups[0].update(arguments)
-    p.grad = np.ones(3)
+    p.grad = np.ones(shape)
     with pytest.raises(InputError, match=message):
         optimizer.step()
     np.testing.assert_array_equal(p.data, 1)
@@ -407,119 +498,3 @@ def test_a_group_added_later_trains():
     assert optimizer.steps == [2, 1]
     np.testing.assert_allclose(p.data, 0.8, rtol=1e-6)
     np.testing.assert_allclose(q.data, 0.8, rtol=1e-6)
-
-
-# Clipping --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
-def test_clip_grad_norm_against_torch(flat, dtype, max_norm):
-    torch = pytest.importorskip("torch")
-    ours = list(Bag(dtype, flat).parameters())
-    theirs = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in ours]
-    give_gradients(ours, 1, lambda step, i: i == 2)
-    for p, q in zip(ours, theirs):
-        q.grad = None if p.grad is None else torch.tensor(p.grad.copy())
-    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm).item()
-    norm = optim.clip_grad_norm_((p for p in ours), max_norm)
-    assert isinstance(norm, float)
-    assert norm == pytest.approx(expected, rel=1e-6)
-    for p, q in zip(ours, theirs):
-        if p.grad is not None:
-            np.testing.assert_allclose(p.grad, q.grad.numpy(), rtol=1e-6)
-
-
-def test_clip_grad_norm_of_nan_leaves_the_padding_alone():
-    model = Bag(np.float32, flat=True)
-    parameters = list(model.parameters())
-    give_gradients(parameters, 0, no_skip)
-    parameters[1].grad[0] = np.nan
-    assert math.isnan(optim.clip_grad_norm_(parameters, 1.0))
-    assert all(np.isnan(p.grad).all() for p in parameters)
-    assert np.isnan(model.flat_grad).sum() == sum(p.numel() for p in parameters)
-
-
-def test_clip_grad_norm_only_measures_with_infinity_and_without_gradients():
-    p = Tensor(np.ones(4), requires_grad=True)
-    assert optim.clip_grad_norm_([p], 1.0) == 0.0
-    p.grad = np.full(4, 3.0)
-    assert optim.clip_grad_norm_(p, math.inf) == 6.0
-    np.testing.assert_array_equal(p.grad, 3.0)
-
-
-def test_clip_grad_value():
-    parameters = list(Bag(np.float32, flat=True).parameters())
-    give_gradients(parameters, 0, no_skip)
-    optim.clip_grad_value_(parameters, 0.3)
-    for i, p in enumerate(parameters):
-        np.testing.assert_array_equal(p.grad, np.clip(gradient(0, i, np.float32), -0.3, 0.3))
-
-
-@pytest.mark.parametrize("value", [math.nan, -1.0, "1", None])
-def test_bad_clipping(value):
-    with pytest.raises(InputError, match="max_norm is"):
-        optim.clip_grad_norm_([], value)
-    with pytest.raises(InputError, match="clip_value is"):
-        optim.clip_grad_value_([], value)
-
-
-# Config ----------------------------------------------------------------------------------------------
-
-
-def test_config_fills_in_the_arguments():
-    adamw = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False}
-    assert OptimConfig().arguments == adamw
-    config = OptimConfig("adam", arguments={"betas": [0.5, 0.6]})
-    assert config.arguments == {**adamw, "betas": (0.5, 0.6), "weight_decay": 0.0}
-    assert OptimConfig("adam", arguments=config.arguments) == config
-    assert OptimConfig("rmsprop").arguments["alpha"] == 0.99
-    assert OptimConfig("sgd", lr=0.5).arguments["momentum"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"name": "adamv"}, r'name is "adamv" \(did you mean "adam"\?\), it must be one of sgd, adam, adamw'),
-        ({"arguments": {"weight_deca": 1}}, r'adamw has no argument weight_deca \(did you mean "weight_d'),
-        ({"arguments": {"momentum": 0.9}}, "adamw has no argument momentum, it takes betas, eps"),
-        ({"arguments": {"betas": [0.9, 2]}}, r"betas is \[0\.9, 2\]"),
-        ({"name": "sgd", "arguments": {"nesterov": True}}, "nesterov needs"),
-        ({"lr": math.nan}, "lr is nan, it must be a finite number above 0"),
-        ({"lr": 0.0}, r"lr is 0\.0"),
-        ({"grad_clip": -1.0}, r"grad_clip is -1\.0"),
-        ({"decay": "matrix"}, r'decay is "matrix" \(did you mean "matrices"\?\), it must be one of all'),
-    ],
-)
-def test_bad_config(fields, message):
-    with pytest.raises(InputError, match=message):
-        OptimConfig(**fields)
-
-
-def test_build_decays_all_or_matrices():
-    names = [
-        "transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight",
-        "transformer.h.0.attn.c_attn.bias", "transformer.h.0.ln_1.weight", "token_embedding.weight",
-    ]  # fmt: skip
-    shapes = [(5, 4), (3, 4), (12, 4), (12,), (4,), (5, 4)]
-    named = [(name, Tensor(np.ones(shape), requires_grad=True)) for name, shape in zip(names, shapes)]
-    optimizer = optim.build(OptimConfig(lr=0.25), iter(named))
-    assert type(optimizer) is optim.AdamW
-    (group,) = optimizer.param_groups
-    assert len(group["params"]) == 6 and group["lr"] == 0.25
-    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.1)
-    decays, rest = optim.build(OptimConfig(decay="matrices"), named).param_groups
-    assert decays["params"] == [named[2][1]] and decays["weight_decay"] == 0.1
-    assert len(rest["params"]) == 5 and rest["weight_decay"] == 0.0
-
-
-@pytest.mark.parametrize("name", optim.BY_NAME)
-def test_every_optimizer_lowers_a_quadratic(name):
-    p = Tensor(np.full(10, 3.0), requires_grad=True)
-    optimizer = optim.build(OptimConfig(name, lr=0.05), [("p", p)])
-    for _ in range(200):
-        (p**2).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert np.abs(p.data).max() < 0.2

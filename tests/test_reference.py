@@ -4,38 +4,13 @@ import inspect
 
 import numpy as np
 import pytest
-from kernel_checks import error, values
+from kernel_checks import check_gradients, error, values
 
 from cllm import kernels, reference
 
 KEY = 0x1234_5678_9ABC_DEF0
 TARGETS = np.array([3, -100, 0, 4, 3])
 TOKENS = np.array([[1, 0, 2], [2, 2, 0]])
-
-
-def numeric_gradient(function, arrays, i, dout, step=1e-6):
-    """d sum(function(*arrays) dout) / d arrays[i] by central differences."""
-    gradient = np.empty_like(arrays[i])
-    for at in np.ndindex(arrays[i].shape):
-        shifted = []
-        for sign in (1, -1):
-            copies = [array.copy() for array in arrays]
-            copies[i][at] += sign * step
-            shifted.append(np.sum(function(*copies) * dout))
-        gradient[at] = (shifted[0] - shifted[1]) / (2 * step)
-    return gradient
-
-
-def check_gradients(function, backward, *arrays):
-    """backward(dout, *arrays) gives the gradient of function(*arrays) for each of the arrays."""
-    dout = values(*np.shape(function(*arrays)), seed=99)
-    gradients = backward(dout, *arrays)
-    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-    assert len(gradients) == len(arrays)
-    for i, gradient in enumerate(gradients):
-        assert gradient.dtype == np.float64
-        assert gradient.shape == arrays[i].shape
-        assert error(gradient, numeric_gradient(function, arrays, i, dout)) < 1e-8
 
 
 def test_every_kernel_of_the_door_has_its_twin():
@@ -67,20 +42,44 @@ def test_linear():
     assert error(reference.matmul(x, weight.T), x @ weight.T) == 0
 
 
-@pytest.mark.parametrize("form", ["tanh", "none"])
-def test_gelu_and_feed_forward(form):
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_activations_and_feed_forward(activation):
+    x, w1, b1 = values(3, 4), values(6, 4, seed=1), values(6, seed=2)
+    w2, b2 = values(4, 3 if activation == "swiglu" else 6, seed=3), values(4, seed=4)
     check_gradients(
-        lambda x: reference.gelu_forward(x, form),
-        lambda dy, x: reference.gelu_backward(dy, x, form),
-        values(4, 5, scale=2),
-    )
-    check_gradients(
-        lambda *arrays: reference.feed_forward_forward(*arrays, form)[0],
+        lambda *arrays: reference.feed_forward_forward(*arrays, activation)[0],
         lambda dy, x, w1, b1, w2, b2: reference.feed_forward_backward(
-            dy, x, reference.linear_forward(x, w1, b1), w1, w2, approximate=form
+            dy, x, reference.linear_forward(x, w1, b1), w1, w2, activation=activation
         ),
-        values(3, 4), values(6, 4, seed=1), values(6, seed=2), values(4, 6, seed=3), values(4, seed=4),
+        x, w1, b1, w2, b2,
     )  # fmt: skip
+    hidden = reference.linear_forward(x, w1, b1)
+    if activation == "swiglu":
+        check_gradients(reference.swiglu_forward, reference.swiglu_backward, hidden[:, :3], hidden[:, 3:])
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_softmax(name):
+    forward, backward = getattr(reference, f"{name}_forward"), getattr(reference, f"{name}_backward")
+    check_gradients(forward, lambda dy, x: backward(dy, forward(x)), values(2, 3, 5, scale=2))
+    ones = forward(values(4, 1))
+    assert np.array_equal(ones, np.zeros((4, 1)) if name == "log_softmax" else np.ones((4, 1)))
+
+
+@pytest.mark.parametrize("offset", [0, 7, np.array([5, 0])])
+def test_rotary(offset):
+    x = values(2, 3, 4, 6)
+    options = {"offset": offset, "base": 100.0}
+    check_gradients(
+        lambda x: reference.rotary_forward(x, **options),
+        lambda dy, x: reference.rotary_backward(dy, **options),
+        x,
+    )
+    # A pair as a complex number: a rotation of position p and frequency i is exp(i p base^(-2i/D)).
+    positions = np.broadcast_to(offset, 2)[:, None, None] + np.arange(4)[:, None]
+    turns = np.exp(1j * positions * 100.0 ** (-2 * np.arange(3) / 6))[:, None]
+    z = (x[..., :3] + 1j * x[..., 3:]) * turns
+    assert error(reference.rotary_forward(x, **options), np.concatenate([z.real, z.imag], -1)) < 1e-14
 
 
 def test_dropout():
@@ -108,6 +107,19 @@ def test_layer_norm(bias):
         return reference.layer_norm_forward(x, weight, bias)[0]
 
     check_gradients(forward, backward, x, weight, *([b] if bias else []))
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm(weighted):
+    def backward(dy, x, weight=None):
+        _, rstd = reference.rms_norm_forward(x, weight)
+        gradients = reference.rms_norm_backward(dy, x, weight, rstd)
+        return gradients if weighted else gradients[:1]
+
+    def forward(x, weight=None):
+        return reference.rms_norm_forward(x, weight)[0]
+
+    check_gradients(forward, backward, values(2, 3, 6), *([values(6, seed=1)] if weighted else []))
 
 
 @pytest.mark.parametrize("n_keys", [3, 5, 7])
@@ -170,9 +182,12 @@ def test_embedding():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore_index", [-100, 3])
-def test_cross_entropy(ignore_index, smoothing):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy(weighted, ignore_index, smoothing):
     targets = np.where(TARGETS == -100, ignore_index, TARGETS)
-    options = {"ignore_index": ignore_index, "label_smoothing": smoothing}
+    weight = np.array([0.5, 2, 1, 0, 1.5, 1]) if weighted else None
+    common = {"label_smoothing": smoothing, "z_loss": 0.1}
+    options = {"weight": weight, "ignore_index": ignore_index, **common}
 
     def backward(dlosses, logits):
         _, lse = reference.cross_entropy_forward(logits, targets, **options)
@@ -181,6 +196,18 @@ def test_cross_entropy(ignore_index, smoothing):
     check_gradients(
         lambda logits: reference.cross_entropy_forward(logits, targets, **options)[0], backward, values(5, 6)
     )
+    probabilities = np.abs(values(5, 6, seed=2))
+    soft = {"weight": weight, "mask": targets != ignore_index, **common}
+
+    def soft_backward(dlosses, logits):
+        _, lse = reference.soft_cross_entropy_forward(logits, probabilities, **soft)
+        return reference.soft_cross_entropy_backward(dlosses, logits, probabilities, lse, **soft)
+
+    check_gradients(
+        lambda logits: reference.soft_cross_entropy_forward(logits, probabilities, **soft)[0],
+        soft_backward, values(5, 6),
+    )  # fmt: skip
+    options["class_weight"] = options.pop("weight")
 
     def linear_backward(dlosses, x, weight):
         _, lse = reference.linear_cross_entropy_forward(x, weight, targets, **options)
@@ -189,6 +216,23 @@ def test_cross_entropy(ignore_index, smoothing):
     check_gradients(
         lambda x, weight: reference.linear_cross_entropy_forward(x, weight, targets, **options)[0],
         linear_backward, values(5, 3), values(6, 3, seed=1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("mse", {}), ("l1", {}), ("smooth_l1", {"beta": 0.7}), ("smooth_l1", {"beta": 0}),
+        ("huber", {"delta": 0.7}), ("bce_with_logits", {}),
+        ("bce_with_logits", {"weight": np.array([0.5, 2]), "pos_weight": np.array([[3], [1], [0.5]])}),
+    ],
+)  # fmt: skip
+def test_elementwise_losses(name, options):
+    target = np.abs(values(3, 2, seed=1))
+    forward, backward = getattr(reference, f"{name}_forward"), getattr(reference, f"{name}_backward")
+    check_gradients(
+        lambda x: forward(x, target, **options),
+        lambda dlosses, x: backward(dlosses, x, target, **options), values(3, 2),
     )  # fmt: skip
 
 
@@ -209,6 +253,18 @@ def test_definitions_are_torchs():
         assert error(reference.gelu_forward(x, form), F.gelu(tensor(x), approximate=form)) < 1e-14
     y = F.layer_norm(tensor(x), (6,), tensor(weight), tensor(bias))
     assert error(reference.layer_norm_forward(x, weight, bias)[0], y) < 1e-14
+    y = F.rms_norm(tensor(x), (6,), tensor(weight))
+    assert error(reference.rms_norm_forward(x, weight)[0], y) < 1e-14
+    for name, y in {
+        "relu": F.relu(tensor(x)),
+        "relu_squared": F.relu(tensor(x)).square(),
+        "silu": F.silu(tensor(x)),
+        "tanh": torch.tanh(tensor(x)),
+        "sigmoid": torch.sigmoid(tensor(x)),
+        "softmax": F.softmax(tensor(x), -1),
+        "log_softmax": F.log_softmax(tensor(x), -1),
+    }.items():
+        assert error(getattr(reference, f"{name}_forward")(x), y) < 1e-14
     for smoothing in (0.0, 0.2):
         options = {"ignore_index": -100, "label_smoothing": smoothing}
         losses = F.cross_entropy(tensor(x), tensor(TARGETS), reduction="none", **options)

@@ -1,22 +1,26 @@
-"""Multi-head scaled dot-product attention that never stores the T x T matrix.
+"""Multi-head scaled dot-product attention that never stores the T x S matrix.
 
-Threads own heads. Forward: a block of rows of S = scale Q K^T, over all keys that the rows see, fits the L2
-cache, so that softmax takes two plain passes over it (no running maximum to correct), then O = P V. Only the
-rows' log-sum-exp is kept. Backward computes P again from it, in blocks of ROWS queries by KEYS keys
-(Dao et al. 2022, "FlashAttention", algorithm 4): with D_i = dO_i . O_i,
+Threads own key/value heads, each with the query heads that share it (Ainslie et al. 2023, "GQA"). Forward: a
+block of rows of S = scale Q K^T, over all keys that the rows see, fits the L2 cache, so that softmax takes
+two plain passes over it (no running maximum to correct), then O = P V. Only the rows' log-sum-exp is kept.
+Backward computes P again from it, in blocks of ROWS queries by KEYS keys (Dao et al. 2022, "FlashAttention",
+algorithm 4): with D_i = dO_i . O_i,
 
     dV = P^T dO      dS = P * (dO V^T - D)      dQ = scale dS K      dK = scale dS^T Q
 
-All products run on the register tile of `tile.h`. K and V are packed for it once for each head, padded with
-zeros to whole vectors. Causal tiles stop at the diagonal; the few masked elements inside a tile are zeros.
-Zero times NaN is NaN, so a head with a non-finite input takes tiles of one row, which stop exactly at the
-diagonal: a NaN then reaches only what depends on it, and all other bits are the same.
+All products run on the register tile of `tile.h`. K and V are packed for it once for each key/value head,
+padded with zeros to whole vectors, and no further than the last key that a query sees. Causal tiles stop at
+the diagonal; the few elements beyond it inside a tile are zeros, as are those that a mask excludes. Blocks in
+which a mask excludes everything are skipped.
+
+Zero times NaN is NaN, so a row with a NaN or an infinity counts as zeros among the packed operands of these
+products. What it gives is added afterwards, to those rows alone that see it.
 """
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange, threadid
 from libc.math cimport ceil, log
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from cllm._kernels.tile cimport MR, NV, VBYTES, pack, pack_transposed, round_up, tile
@@ -48,17 +52,24 @@ cdef Py_ssize_t SCORE_BYTES = 256 * 1024    # of a forward block of scores: a qu
 cdef double SERIAL_BELOW = 200_000
 
 
+cdef struct Strides:
+    Py_ssize_t b, h, t          # elements from one batch item, head, position to the next
+    Py_ssize_t s                # of a mask: from one key to the next
+
+
 cdef struct Shape:
-    Py_ssize_t H, Tq, Tk, D     # heads, queries, keys, head size
-    bint causal                 # query i sees keys 0..i
+    Py_ssize_t H, group         # query heads; how many of them share a key/value head
+    Py_ssize_t Tq, Tk, D, E     # queries, keys, size of a query or key, size of a value
+    bint causal                 # query i sees keys 0..offset + i
     double scale
+    const int64_t* offsets      # (B,) positions of the first queries; NULL: 0
+    const double* slopes        # (H,) what each position between query and key takes from a score; NULL: 0
+    const char* mask            # (B, H, Tq, Tk); NULL: none
+    Py_ssize_t mask_size        # bytes of an element: 1 when boolean, else of float or double
+    Strides mask_strides
     uint64_t key                # of the dropout mask
     uint32_t keep_limit         # an element stays when its 32 random bits are at most this
     double keep_scale           # 1 / (1 - dropout_p); 1: no dropout
-
-
-cdef struct Strides:
-    Py_ssize_t b, h, t          # elements from one batch item, head, position to the next
 
 
 cdef inline floating exp_(floating x) noexcept nogil:
@@ -142,6 +153,132 @@ cdef void drop_row(floating* s, Py_ssize_t n, const Shape* shape, uint64_t index
         s[j] = s[j] * keep if cllm_hash(shape.key, high, <uint32_t>(index + j)) <= shape.keep_limit else <floating>0
 
 
+cdef inline Py_ssize_t offset_of(const Shape* shape, Py_ssize_t b) noexcept nogil:
+    return 0 if shape.offsets is NULL else <Py_ssize_t>shape.offsets[b]
+
+
+cdef inline Py_ssize_t keys_seen(const Shape* shape, Py_ssize_t offset, Py_ssize_t i,
+                                 Py_ssize_t end) noexcept nogil:
+    """How many of the first `end` keys query i sees, masks aside."""
+    return min(offset + i + 1, end) if shape.causal else end
+
+
+cdef inline Py_ssize_t mask_at(const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
+                               Py_ssize_t j) noexcept nogil:
+    cdef const Strides* m = &shape.mask_strides
+    return b * m.b + h * m.h + i * m.t + j * m.s
+
+
+cdef inline bint allowed(const Shape* shape, Py_ssize_t at) noexcept nogil:
+    """Whether the mask's element lets its key take part."""
+    if shape.mask_size == 1:
+        return shape.mask[at] != 0
+    if shape.mask_size == 4:
+        return (<const float*>shape.mask)[at] != -INFINITY
+    return (<const double*>shape.mask)[at] != -INFINITY
+
+
+cdef inline bint visible(const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
+                         Py_ssize_t j) noexcept nogil:
+    """Whether query i sees key j."""
+    if shape.causal and j > offset_of(shape, b) + i:
+        return False
+    return shape.mask is NULL or allowed(shape, mask_at(shape, b, h, i, j))
+
+
+cdef void mask_range(const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t i1,
+                     Py_ssize_t* first, Py_ssize_t* end) noexcept nogil:
+    """Narrows [0, end) to [first, end) with all keys that the mask allows any of the queries i0..i1-1.
+
+    first is a multiple of KEYS; both are 0 where there is no such key.
+    """
+    cdef Py_ssize_t low = end[0], high = 0, step = shape.mask_strides.s, i, j, at
+    for i in range(i0, i1):
+        at = mask_at(shape, b, h, i, 0)
+        j = 0
+        while j < low and not allowed(shape, at + j * step):
+            j = j + 1
+        low = j
+        j = end[0]
+        while j > high and not allowed(shape, at + (j - 1) * step):
+            j = j - 1
+        high = j
+    first[0] = min(low, high) // KEYS * KEYS
+    end[0] = high
+
+
+cdef bint any_allowed(const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i0, Py_ssize_t i1,
+                      Py_ssize_t j0, Py_ssize_t j1) noexcept nogil:
+    """Whether the mask allows any of the queries i0..i1-1 any of the keys j0..j1-1."""
+    cdef Py_ssize_t step = shape.mask_strides.s, i, j, at
+    for i in range(i0, i1):
+        at = mask_at(shape, b, h, i, 0)
+        for j in range(j0, j1):
+            if allowed(shape, at + j * step):
+                return True
+    return False
+
+
+cdef void add_bias(floating* s, Py_ssize_t n, const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
+                   Py_ssize_t j) noexcept nogil:
+    """s[c] += mask - slope * distance for query i and the n keys from j on; a boolean mask adds nothing."""
+    cdef Py_ssize_t step = shape.mask_strides.s
+    cdef const floating* mask
+    cdef floating slope, ahead, distance
+    cdef int c
+    if shape.slopes is not NULL:
+        slope = <floating>shape.slopes[h]
+        ahead = <floating>(offset_of(shape, b) + i - j)
+        for c in range(<int>n):
+            distance = ahead - <floating>c
+            s[c] -= slope * (distance if distance > 0 else -distance)
+    if shape.mask is not NULL and shape.mask_size != 1:
+        mask = <const floating*>shape.mask + mask_at(shape, b, h, i, j)
+        for c in range(<int>n):
+            s[c] += mask[c * step]
+
+
+cdef Py_ssize_t exclude(floating* s, Py_ssize_t n, const Shape* shape, Py_ssize_t b, Py_ssize_t h,
+                        Py_ssize_t i, Py_ssize_t j, floating value) noexcept nogil:
+    """s[c] = value where the mask excludes one of the n keys from j on from query i; how many are left."""
+    cdef Py_ssize_t step = shape.mask_strides.s, at = mask_at(shape, b, h, i, j)
+    cdef const floating* bias = <const floating*>shape.mask + at
+    cdef const char* mask = shape.mask + at
+    cdef int c, left = 0
+    if shape.mask_size == 1:
+        for c in range(<int>n):
+            left += mask[c * step] != 0
+            s[c] = s[c] if mask[c * step] != 0 else value
+    else:
+        for c in range(<int>n):
+            left += bias[c * step] != -INFINITY
+            s[c] = s[c] if bias[c * step] != -INFINITY else value
+    return left
+
+
+cdef bint pack_finite(const floating* x, Py_ssize_t stride, Py_ssize_t T, Py_ssize_t D, Py_ssize_t width,
+                      double scale, floating* y) noexcept nogil:
+    """y (T, width) = scale * x (T, D), with zeros beyond D and for rows that are not finite.
+
+    Returns whether all are finite.
+    """
+    cdef Py_ssize_t i
+    pack(x, stride, T, D, width, scale, y)
+    if all_finite(x, stride, T, D):
+        return True
+    for i in range(T):
+        if not all_finite(x + i * stride, 0, 1, D):
+            memset(y + i * width, 0, width * sizeof(floating))
+    return False
+
+
+cdef void add_scaled(floating* y, floating factor, const floating* x, Py_ssize_t n) noexcept nogil:
+    """y += factor * x."""
+    cdef Py_ssize_t c
+    for c in range(n):
+        y[c] += factor * x[c]
+
+
 # Forward ---------------------------------------------------------------------------------------------
 
 
@@ -153,63 +290,102 @@ cdef Py_ssize_t forward_rows(const Shape* shape, Py_ssize_t item_size) noexcept 
 
 cdef Py_ssize_t forward_scratch(const Shape* shape, Py_ssize_t item_size) noexcept nogil:
     """Elements of scratch that a head's forward pass needs: K^T, V and the scores of a block."""
-    cdef Py_ssize_t Tk = round_up(shape.Tk, KEYS), D = round_up(shape.D, VBYTES // item_size)
-    return round_up(2 * Tk * D + forward_rows(shape, item_size) * (Tk + PAD) + ROWS, 16)
+    cdef Py_ssize_t Tk = round_up(shape.Tk, KEYS), vector = VBYTES // item_size
+    return round_up(Tk * (round_up(shape.D, vector) + round_up(shape.E, vector))
+                    + forward_rows(shape, item_size) * (Tk + PAD) + ROWS, 16)
 
 
-cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* k, Py_ssize_t kt, const floating* v,
-                       Py_ssize_t vt, floating* out, Py_ssize_t ot, floating* lse, Py_ssize_t head,
-                       const Shape* shape, floating* scratch) noexcept nogil:
-    """out (Tq, D) = softmax(scale q k^T) v for one head; qt, kt, vt, ot are row strides."""
-    cdef Py_ssize_t Tq = shape.Tq, Tk = shape.Tk, D = shape.D
-    cdef Py_ssize_t W = panel_width(sizeof(floating)), Dp = round_up(D, VBYTES // <Py_ssize_t>sizeof(floating))
-    cdef Py_ssize_t Tp = round_up(Tk, KEYS), ld = Tp + PAD, rows = forward_rows(shape, sizeof(floating))
-    cdef floating* KT = scratch
-    cdef floating* V = KT + Tp * Dp
-    cdef floating* S = V + Tp * Dp
+cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* KT, const floating* v, Py_ssize_t vt,
+                       const floating* V, bint finite, floating* out, Py_ssize_t ot, floating* lse,
+                       Py_ssize_t b, Py_ssize_t h, Py_ssize_t Tk, const Shape* shape,
+                       floating* S) noexcept nogil:
+    """out (Tq, E) = softmax(scale q k^T) v for one query head; qt, vt, ot are row strides.
+
+    KT: the first Tk keys in panels, scaled; V: as many values, packed by `pack_finite`.
+    """
+    cdef Py_ssize_t Tq = shape.Tq, D = shape.D, E = shape.E, offset = offset_of(shape, b)
+    cdef Py_ssize_t W = panel_width(sizeof(floating)), vector = VBYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t Ep = round_up(E, vector), ld = round_up(shape.Tk, KEYS) + PAD
+    cdef Py_ssize_t rows = forward_rows(shape, sizeof(floating))
     cdef floating* inverse = S + rows * ld
-    cdef Py_ssize_t step = MR if all_finite(v, vt, Tk, D) else 1
-    cdef Py_ssize_t i0, i1, j0, g, i, c, n, mr, seen
-    for j0 from 0 <= j0 < Tk by W:
-        pack_transposed(k + j0 * kt, kt, D, min(W, Tk - j0), W, shape.scale, KT + j0 * D)
-    pack(v, vt, Tk, D, Dp, 1, V)
+    cdef floating* s
+    cdef bint biased = shape.mask is not NULL or shape.slopes is not NULL
+    cdef Py_ssize_t i0, i1, j0, g, i, j, c, n, mr, first, seen, left
     for i0 from 0 <= i0 < Tq by rows:
         i1 = min(i0 + rows, Tq)
-        seen = min(i1, Tk) if shape.causal else Tk
-        for j0 from 0 <= j0 < seen by W:
+        first = 0
+        seen = keys_seen(shape, offset, i1 - 1, Tk)
+        if shape.mask is not NULL:
+            mask_range(shape, b, h, i0, i1, &first, &seen)
+        for j0 from first <= j0 < seen by W:
             for g from i0 <= g < i1 by MR:
                 mr = min(MR, i1 - g)
-                n = min(W, (min(g + mr, Tk) if shape.causal else Tk) - j0)
+                n = min(W, keys_seen(shape, offset, g + mr - 1, seen) - j0)
                 if n > 0:
                     tile(mr, n, D, q + g * qt, qt, 1, KT + j0 * D, W, S + (g - i0) * ld + j0, ld,
                          <const floating*>NULL, 0, <const floating*>NULL)
         for i in range(i0, i1):
-            n = min(i + 1, Tk) if shape.causal else Tk
-            inverse[i - i0] = softmax_row(S + (i - i0) * ld, n, min(n + MR, ld), lse + i)
-            if shape.keep_scale != 1:
-                drop_row(S + (i - i0) * ld, n, shape, <uint64_t>(head * Tq + i) * Tk)
-        for g from i0 <= g < i1 by step:
-            mr = min(step, i1 - g)
-            n = min(g + mr, Tk) if shape.causal else Tk
-            for c from 0 <= c < D by W:
-                tile(mr, min(W, D - c), n, S + (g - i0) * ld, ld, 1, V + c, Dp, out + g * ot + c, ot,
+            s = S + (i - i0) * ld + first
+            n = left = max(keys_seen(shape, offset, i, seen) - first, 0)
+            if biased:
+                add_bias(s, n, shape, b, h, i, first)
+                if shape.mask is not NULL:
+                    left = exclude(s, n, shape, b, h, i, first, <floating>-INFINITY)
+            if left > 0:
+                inverse[i - i0] = softmax_row(s, n, min(n + MR, ld - first), lse + i)
+                if shape.keep_scale != 1:
+                    drop_row(s, n, shape, <uint64_t>((b * shape.H + h) * Tq + i) * shape.Tk + first)
+            else:
+                memset(s, 0, min(n + MR, ld - first) * sizeof(floating))
+                inverse[i - i0] = 0
+                lse[i] = -INFINITY
+        for g from i0 <= g < i1 by MR:
+            mr = min(MR, i1 - g)
+            s = S + (g - i0) * ld + first
+            n = keys_seen(shape, offset, g + mr - 1, seen) - first
+            for c from 0 <= c < E by W:
+                tile(mr, min(W, E - c), n, s, ld, 1, V + first * Ep + c, Ep, out + g * ot + c, ot,
                      <const floating*>NULL, 0, <const floating*>NULL)
+            if not finite:
+                for j in range(first, first + n):
+                    if not all_finite(v + j * vt, 0, 1, E):
+                        for i in range(g, g + mr):
+                            if visible(shape, b, h, i, j):
+                                add_scaled(out + i * ot, S[(i - i0) * ld + j], v + j * vt, E)
             for i in range(g, g + mr):
-                for c in range(D):
+                for c in range(E):
                     out[i * ot + c] *= inverse[i - i0]
 
 
-cdef int forward_heads(const floating* q, Strides qs, const floating* k, Strides ks, const floating* v, Strides vs,
-                       floating* out, Strides os, floating* lse, Py_ssize_t B, const Shape* shape,
+cdef void forward_group(const floating* q, Strides qs, const floating* k, Strides ks, const floating* v,
+                        Strides vs, floating* out, Strides os, floating* lse, Py_ssize_t b, Py_ssize_t g,
+                        const Shape* shape, floating* scratch) noexcept nogil:
+    """The query heads of batch item b that share key/value head g."""
+    cdef Py_ssize_t W = panel_width(sizeof(floating)), vector = VBYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t Tk = keys_seen(shape, offset_of(shape, b), shape.Tq - 1, shape.Tk)
+    cdef Py_ssize_t Tp = round_up(shape.Tk, KEYS), D = shape.D, Ep = round_up(shape.E, vector), j, h
+    cdef floating* KT = scratch
+    cdef floating* V = KT + Tp * round_up(D, vector)
+    cdef bint finite
+    k = k + b * ks.b + g * ks.h
+    v = v + b * vs.b + g * vs.h
+    for j from 0 <= j < Tk by W:
+        pack_transposed(k + j * ks.t, ks.t, D, min(W, Tk - j), W, shape.scale, KT + j * D)
+    finite = pack_finite(v, vs.t, Tk, shape.E, Ep, 1, V)
+    for h in range(g * shape.group, (g + 1) * shape.group):
+        forward_head(q + b * qs.b + h * qs.h, qs.t, KT, v, vs.t, V, finite, out + b * os.b + h * os.h, os.t,
+                     lse + (b * shape.H + h) * shape.Tq, b, h, Tk, shape, V + Tp * Ep)
+
+
+cdef int forward_heads(const floating* q, Strides qs, const floating* k, Strides ks, const floating* v,
+                       Strides vs, floating* out, Strides os, floating* lse, Py_ssize_t B, const Shape* shape,
                        int n_threads) noexcept nogil:
-    cdef Py_ssize_t H = shape.H, n, size = forward_scratch(shape, sizeof(floating))
+    cdef Py_ssize_t G = shape.H // shape.group, n, size = forward_scratch(shape, sizeof(floating))
     cdef floating* scratch = <floating*>cllm_scratch(size * n_threads * sizeof(floating))
     if scratch is NULL:
         return -1
-    for n in prange(B * H, num_threads=n_threads, schedule="dynamic", use_threads_if=n_threads > 1):
-        forward_head(q + n // H * qs.b + n % H * qs.h, qs.t, k + n // H * ks.b + n % H * ks.h, ks.t,
-                     v + n // H * vs.b + n % H * vs.h, vs.t, out + n // H * os.b + n % H * os.h, os.t,
-                     lse + n * shape.Tq, n, shape, scratch + size * threadid())
+    for n in prange(B * G, num_threads=n_threads, schedule="dynamic", use_threads_if=n_threads > 1):
+        forward_group(q, qs, k, ks, v, vs, out, os, lse, n // G, n % G, shape, scratch + size * threadid())
     return 0
 
 
@@ -217,14 +393,14 @@ cdef int forward_heads(const floating* q, Strides qs, const floating* k, Strides
 
 
 cdef Py_ssize_t backward_scratch(const Shape* shape, Py_ssize_t item_size) noexcept nogil:
-    """Elements: K^T, V^T, scaled K, dK and dV of all keys; scaled Q, dO and dQ of all queries; two score blocks."""
-    cdef Py_ssize_t Tk = round_up(shape.Tk, KEYS), Tq = round_up(shape.Tq, 16)
-    cdef Py_ssize_t D = round_up(shape.D, VBYTES // item_size)
-    return round_up(5 * Tk * D + 3 * Tq * D + Tq + 2 * ROWS * (KEYS + PAD), 16)
+    """Elements: K^T, V^T, K, dK and dV of all keys; Q, dO and dQ of all queries; two score blocks."""
+    cdef Py_ssize_t Tk = round_up(shape.Tk, KEYS), Tq = round_up(shape.Tq, 16), vector = VBYTES // item_size
+    cdef Py_ssize_t D = round_up(shape.D, vector), E = round_up(shape.E, vector)
+    return round_up(Tk * (3 * D + 2 * E) + Tq * (2 * D + E + 1) + 2 * ROWS * (KEYS + PAD), 16)
 
 
-cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, floating delta, const Shape* shape,
-                          uint64_t index) noexcept nogil:
+cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, floating delta,
+                          const Shape* shape, uint64_t index) noexcept nogil:
     """p: scores to probabilities (after dropout: what multiplied V); s: dP to dS.  n <= KEYS elements."""
     cdef floating q[KEYS]
     cdef Py_ssize_t c
@@ -244,89 +420,131 @@ cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, 
     drop_row(p, n, shape, index)
 
 
-cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, Py_ssize_t qt, const floating* k,
-                        Py_ssize_t kt, const floating* v, Py_ssize_t vt, const floating* out, Py_ssize_t ot,
-                        const floating* lse, floating* dq, Py_ssize_t dqt, floating* dk, Py_ssize_t dkt,
-                        floating* dv, Py_ssize_t dvt, Py_ssize_t head, const Shape* shape,
+cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, Py_ssize_t qt,
+                        const floating* k, Py_ssize_t kt, const floating* KT, const floating* VT,
+                        const floating* K, bint finite_k, const floating* out, Py_ssize_t ot,
+                        const floating* lse, floating* dq, Py_ssize_t dqt, floating* DK, floating* DV,
+                        Py_ssize_t b, Py_ssize_t h, Py_ssize_t Tk, const Shape* shape,
                         floating* scratch) noexcept nogil:
-    cdef Py_ssize_t Tq = shape.Tq, Tk = shape.Tk, D = shape.D
-    cdef Py_ssize_t W = panel_width(sizeof(floating)), Dp = round_up(D, VBYTES // <Py_ssize_t>sizeof(floating))
-    cdef Py_ssize_t k_size = round_up(Tk, KEYS) * Dp, q_size = round_up(Tq, 16) * Dp, ld = KEYS + PAD
-    cdef floating* KT = scratch
-    cdef floating* VT = KT + k_size
-    cdef floating* K = VT + k_size          # times scale
-    cdef floating* DK = K + k_size
-    cdef floating* DV = DK + k_size
-    cdef floating* Q = DV + k_size          # times scale
-    cdef floating* DO = Q + q_size
-    cdef floating* DQ = DO + q_size
-    cdef floating* delta = DQ + q_size
-    cdef floating* P = delta + round_up(Tq, 16)
+    """One query head: writes dq (Tq, D), adds to DK and DV.
+
+    KT, VT: the first Tk keys, scaled, and values in panels; K: scaled keys, packed by `pack_finite`.
+    """
+    cdef Py_ssize_t Tq = shape.Tq, D = shape.D, E = shape.E, offset = offset_of(shape, b)
+    cdef Py_ssize_t W = panel_width(sizeof(floating)), vector = VBYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t Dp = round_up(D, vector), Ep = round_up(E, vector), Tp = round_up(Tq, 16)
+    cdef Py_ssize_t ld = KEYS + PAD
+    cdef floating* Q = scratch              # times scale
+    cdef floating* DQ = Q + Tp * Dp
+    cdef floating* DO = DQ + Tp * Dp
+    cdef floating* delta = DO + Tp * Ep
+    cdef floating* P = delta + Tp
     cdef floating* S = P + ROWS * ld
-    cdef Py_ssize_t step = MR
-    cdef Py_ssize_t i0, i1, first, end, j0, jb, g, i, c, n, mr
+    cdef floating scale = <floating>shape.scale
+    cdef bint biased = shape.mask is not NULL or shape.slopes is not NULL
+    cdef bint finite_q = pack_finite(q, qt, Tq, D, Dp, shape.scale, Q)
+    cdef bint finite_dout = pack_finite(dout, gt, Tq, E, Ep, 1, DO)
+    cdef Py_ssize_t i0, i1, first, end, j0, jb, g, i, j, c, n, mr
     cdef double total
-    if not (all_finite(q, qt, Tq, D) and all_finite(k, kt, Tk, D) and all_finite(dout, gt, Tq, D)
-            and all_finite(lse, 1, 1, Tq)):
-        step = 1
-    for j0 from 0 <= j0 < Tk by W:
-        pack_transposed(k + j0 * kt, kt, D, min(W, Tk - j0), W, shape.scale, KT + j0 * D)
-        pack_transposed(v + j0 * vt, vt, D, min(W, Tk - j0), W, 1, VT + j0 * D)
-    pack(k, kt, Tk, D, Dp, shape.scale, K)
-    pack(q, qt, Tq, D, Dp, shape.scale, Q)
-    pack(dout, gt, Tq, D, Dp, 1, DO)
-    memset(DK, 0, 2 * k_size * sizeof(floating))
-    memset(DQ, 0, q_size * sizeof(floating))
+    memset(DQ, 0, Tp * Dp * sizeof(floating))
     for i in range(Tq):
         total = 0               # double: it is subtracted from terms of its own size
-        for c in range(D):
+        for c in range(E):
             total = total + <double>dout[i * gt + c] * out[i * ot + c]
         delta[i] = <floating>total
     for jb from 0 <= jb < Tk by KEYS:
-        first = jb // ROWS * ROWS if shape.causal else 0
+        first = max(jb - offset, 0) // ROWS * ROWS if shape.causal else 0
         for i0 from first <= i0 < Tq by ROWS:
             i1 = min(i0 + ROWS, Tq)
-            end = min(jb + KEYS, min(i1, Tk) if shape.causal else Tk)
-            if end <= jb:
+            end = min(jb + KEYS, keys_seen(shape, offset, i1 - 1, Tk))
+            if end <= jb or (shape.mask is not NULL and not any_allowed(shape, b, h, i0, i1, jb, end)):
                 continue
             for j0 from jb <= j0 < end by W:
                 for g from i0 <= g < i1 by MR:
                     mr = min(MR, i1 - g)
-                    n = min(W, (min(g + mr, end) if shape.causal else end) - j0)
+                    n = min(W, keys_seen(shape, offset, g + mr - 1, end) - j0)
                     if n > 0:
                         tile(mr, n, D, q + g * qt, qt, 1, KT + j0 * D, W, P + (g - i0) * ld + j0 - jb, ld,
                              <const floating*>NULL, 0, <const floating*>NULL)
-                        tile(mr, n, D, dout + g * gt, gt, 1, VT + j0 * D, W, S + (g - i0) * ld + j0 - jb, ld,
+                        tile(mr, n, E, dout + g * gt, gt, 1, VT + j0 * E, W, S + (g - i0) * ld + j0 - jb, ld,
                              <const floating*>NULL, 0, <const floating*>NULL)
             for i in range(i0, i1):
-                n = min(i + 1, end) - jb if shape.causal else end - jb
+                n = keys_seen(shape, offset, i, end) - jb
                 if n > 0:
+                    if biased:
+                        add_bias(P + (i - i0) * ld, n, shape, b, h, i, jb)
                     score_gradients(P + (i - i0) * ld, S + (i - i0) * ld, n, lse[i], delta[i], shape,
-                                    <uint64_t>(head * Tq + i) * Tk + jb)
+                                    <uint64_t>((b * shape.H + h) * Tq + i) * shape.Tk + jb)
+                    if shape.mask is not NULL:
+                        exclude(P + (i - i0) * ld, n, shape, b, h, i, jb, <floating>0)
+                        exclude(S + (i - i0) * ld, n, shape, b, h, i, jb, <floating>0)
                 else:
                     n = 0
                 for c in range(n, min(n + MR, ld)):
                     P[(i - i0) * ld + c] = 0
                     S[(i - i0) * ld + c] = 0
-            for j0 from jb <= j0 < end by step:
-                mr = min(step, end - j0)
-                g = max(i0, j0) if shape.causal else i0     # the first query that sees key j0
+            for j0 from jb <= j0 < end by MR:
+                mr = min(MR, end - j0)
+                g = max(i0, j0 - offset) if shape.causal else i0    # the first query that sees key j0
+                for c from 0 <= c < Ep by W:
+                    tile(mr, min(W, Ep - c), i1 - g, P + (g - i0) * ld + j0 - jb, 1, ld, DO + g * Ep + c, Ep,
+                         DV + j0 * Ep + c, Ep, DV + j0 * Ep + c, Ep, <const floating*>NULL)
                 for c from 0 <= c < Dp by W:
-                    n = min(W, Dp - c)
-                    tile(mr, n, i1 - g, P + (g - i0) * ld + j0 - jb, 1, ld, DO + g * Dp + c, Dp,
-                         DV + j0 * Dp + c, Dp, DV + j0 * Dp + c, Dp, <const floating*>NULL)
-                    tile(mr, n, i1 - g, S + (g - i0) * ld + j0 - jb, 1, ld, Q + g * Dp + c, Dp,
+                    tile(mr, min(W, Dp - c), i1 - g, S + (g - i0) * ld + j0 - jb, 1, ld, Q + g * Dp + c, Dp,
                          DK + j0 * Dp + c, Dp, DK + j0 * Dp + c, Dp, <const floating*>NULL)
-            for g from i0 <= g < i1 by step:
-                mr = min(step, i1 - g)
-                n = (min(g + mr, end) if shape.causal else end) - jb
+            for g from i0 <= g < i1 by MR:
+                mr = min(MR, i1 - g)
+                n = keys_seen(shape, offset, g + mr - 1, end) - jb
                 if n > 0:
                     for c from 0 <= c < Dp by W:
                         tile(mr, min(W, Dp - c), n, S + (g - i0) * ld, ld, 1, K + jb * Dp + c, Dp,
                              DQ + g * Dp + c, Dp, DQ + g * Dp + c, Dp, <const floating*>NULL)
+            if finite_k and finite_q and finite_dout:
+                continue
+            for i in range(i0, i1):
+                for j in range(jb, end):
+                    if not visible(shape, b, h, i, j):
+                        continue
+                    if not (finite_dout or all_finite(dout + i * gt, 0, 1, E)):
+                        add_scaled(DV + j * Ep, P[(i - i0) * ld + j - jb], dout + i * gt, E)
+                    if not (finite_q or all_finite(q + i * qt, 0, 1, D)):
+                        add_scaled(DK + j * Dp, S[(i - i0) * ld + j - jb] * scale, q + i * qt, D)
+                    if not (finite_k or all_finite(k + j * kt, 0, 1, D)):
+                        add_scaled(DQ + i * Dp, S[(i - i0) * ld + j - jb] * scale, k + j * kt, D)
     copy_rows(DQ, Dp, Tq, D, dq, dqt)
-    copy_rows(DK, Dp, Tk, D, dk, dkt)
-    copy_rows(DV, Dp, Tk, D, dv, dvt)
+
+
+cdef void backward_group(const floating* dout, Strides gs, const floating* q, Strides qs, const floating* k,
+                         Strides ks, const floating* v, Strides vs, const floating* out, Strides os,
+                         const floating* lse, floating* dq, Strides dqs, floating* dk, Strides dks, floating* dv,
+                         Strides dvs, Py_ssize_t b, Py_ssize_t g, const Shape* shape,
+                         floating* scratch) noexcept nogil:
+    """The query heads of batch item b that share key/value head g, in their order: so are their sums."""
+    cdef Py_ssize_t Tq = shape.Tq, D = shape.D, E = shape.E
+    cdef Py_ssize_t Tk = keys_seen(shape, offset_of(shape, b), Tq - 1, shape.Tk)
+    cdef Py_ssize_t Tp = round_up(shape.Tk, KEYS)
+    cdef Py_ssize_t W = panel_width(sizeof(floating)), vector = VBYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t Dp = round_up(D, vector), Ep = round_up(E, vector), j, h
+    cdef floating* KT = scratch
+    cdef floating* VT = KT + Tp * Dp
+    cdef floating* K = VT + Tp * Ep         # times scale
+    cdef floating* DK = K + Tp * Dp
+    cdef floating* DV = DK + Tp * Dp
+    cdef bint finite
+    k = k + b * ks.b + g * ks.h
+    v = v + b * vs.b + g * vs.h
+    for j from 0 <= j < Tk by W:
+        pack_transposed(k + j * ks.t, ks.t, D, min(W, Tk - j), W, shape.scale, KT + j * D)
+        pack_transposed(v + j * vs.t, vs.t, E, min(W, Tk - j), W, 1, VT + j * E)
+    finite = pack_finite(k, ks.t, Tk, D, Dp, shape.scale, K)
+    memset(DK, 0, shape.Tk * Dp * sizeof(floating))
+    memset(DV, 0, shape.Tk * Ep * sizeof(floating))
+    for h in range(g * shape.group, (g + 1) * shape.group):
+        backward_head(dout + b * gs.b + h * gs.h, gs.t, q + b * qs.b + h * qs.h, qs.t, k, ks.t, KT, VT, K,
+                      finite, out + b * os.b + h * os.h, os.t, lse + (b * shape.H + h) * Tq,
+                      dq + b * dqs.b + h * dqs.h, dqs.t, DK, DV, b, h, Tk, shape, DV + Tp * Ep)
+    copy_rows(DK, Dp, shape.Tk, D, dk + b * dks.b + g * dks.h, dks.t)
+    copy_rows(DV, Ep, shape.Tk, E, dv + b * dvs.b + g * dvs.h, dvs.t)
 
 
 cdef void copy_rows(const floating* x, Py_ssize_t ldx, Py_ssize_t T, Py_ssize_t D, floating* y,
@@ -341,17 +559,13 @@ cdef int backward_heads(const floating* dout, Strides gs, const floating* q, Str
                         Strides ks, const floating* v, Strides vs, const floating* out, Strides os,
                         const floating* lse, floating* dq, Strides dqs, floating* dk, Strides dks, floating* dv,
                         Strides dvs, Py_ssize_t B, const Shape* shape, int n_threads) noexcept nogil:
-    cdef Py_ssize_t H = shape.H, n, b, h, size = backward_scratch(shape, sizeof(floating))
+    cdef Py_ssize_t G = shape.H // shape.group, n, size = backward_scratch(shape, sizeof(floating))
     cdef floating* scratch = <floating*>cllm_scratch(size * n_threads * sizeof(floating))
     if scratch is NULL:
         return -1
-    for n in prange(B * H, num_threads=n_threads, schedule="dynamic", use_threads_if=n_threads > 1):
-        b = n // H
-        h = n % H
-        backward_head(dout + b * gs.b + h * gs.h, gs.t, q + b * qs.b + h * qs.h, qs.t, k + b * ks.b + h * ks.h, ks.t,
-                      v + b * vs.b + h * vs.h, vs.t, out + b * os.b + h * os.h, os.t, lse + n * shape.Tq,
-                      dq + b * dqs.b + h * dqs.h, dqs.t, dk + b * dks.b + h * dks.h, dks.t,
-                      dv + b * dvs.b + h * dvs.h, dvs.t, n, shape, scratch + size * threadid())
+    for n in prange(B * G, num_threads=n_threads, schedule="dynamic", use_threads_if=n_threads > 1):
+        backward_group(dout, gs, q, qs, k, ks, v, vs, out, os, lse, dq, dqs, dk, dks, dv, dvs, n // G, n % G,
+                       shape, scratch + size * threadid())
     return 0
 
 
@@ -364,17 +578,38 @@ cdef Strides strides_of(cnp.ndarray x):
     s.b = x.strides[0] // size
     s.h = x.strides[1] // size
     s.t = x.strides[2] // size
+    s.s = x.strides[3] // size
     return s
 
 
-cdef Shape shape_of(cnp.ndarray q, cnp.ndarray k, bint causal, double scale, double dropout_p, uint64_t key):
+cdef Shape shape_of(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, bint causal, double scale, double dropout_p,
+                    uint64_t key, cnp.ndarray mask, cnp.ndarray slopes, cnp.ndarray offsets):
+    """mask: (B, H, Tq, Tk), boolean or of q's dtype, any strides; slopes: (H,) float64; offsets: (B,) int64.
+
+    Each of the three may be None.
+    """
     cdef Shape shape
     shape.H = q.shape[1]
+    shape.group = q.shape[1] // k.shape[1]
     shape.Tq = q.shape[2]
     shape.Tk = k.shape[2]
     shape.D = q.shape[3]
+    shape.E = v.shape[3]
     shape.causal = causal
     shape.scale = scale
+    shape.offsets = NULL
+    shape.slopes = NULL
+    shape.mask = NULL
+    if offsets is not None:
+        shape.offsets = <const int64_t*>cnp.PyArray_DATA(offsets)
+    if slopes is not None:
+        shape.slopes = <const double*>cnp.PyArray_DATA(slopes)
+    if mask is not None:
+        assert mask.shape[0] == q.shape[0] and mask.shape[1] == q.shape[1]
+        assert mask.shape[2] == q.shape[2] and mask.shape[3] == k.shape[2]
+        shape.mask = <const char*>cnp.PyArray_DATA(mask)
+        shape.mask_size = mask.itemsize
+        shape.mask_strides = strides_of(mask)
     shape.key = key
     shape.keep_limit = <uint32_t>(ceil((1 - dropout_p) * 4294967296.0) - 1)
     shape.keep_scale = 1 / (1 - dropout_p)
@@ -382,16 +617,20 @@ cdef Shape shape_of(cnp.ndarray q, cnp.ndarray k, bint causal, double scale, dou
 
 
 cdef int threads_for(const Shape* shape, Py_ssize_t B, int n_threads) noexcept nogil:
-    """At most one thread for each head, and one alone for little work."""
+    """At most one thread for each key/value head, and one alone for little work."""
     if <double>B * shape.H * shape.Tq * shape.Tk * shape.D < SERIAL_BELOW:
         return 1
-    return <int>min(<Py_ssize_t>n_threads, B * shape.H)
+    return <int>min(<Py_ssize_t>n_threads, B * shape.H // shape.group)
 
 
-def attention_forward(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, cnp.ndarray lse, bint causal,
-                      double scale, double dropout_p, uint64_t key, int n_threads):
-    """q, out: (B, H, Tq, D), k, v: (B, H, Tk, D), any strides but 1 in D; lse: (B, H, Tq) contiguous."""
-    cdef Shape shape = shape_of(q, k, causal, scale, dropout_p, key)
+def attention_forward(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out, cnp.ndarray lse,
+                      bint causal, double scale, double dropout_p, uint64_t key, cnp.ndarray mask,
+                      cnp.ndarray slopes, cnp.ndarray offsets, int n_threads):
+    """q (B, H, Tq, D), k (B, G, Tk, D), v (B, G, Tk, E), out (B, H, Tq, E): any strides but 1 in the last.
+
+    lse: (B, H, Tq) contiguous. No size but D and E is 0. mask, slopes, offsets: as `shape_of` says.
+    """
+    cdef Shape shape = shape_of(q, k, v, causal, scale, dropout_p, key, mask, slopes, offsets)
     cdef Strides qs = strides_of(q), ks = strides_of(k), vs = strides_of(v), os = strides_of(out)
     cdef void* pq = cnp.PyArray_DATA(q)
     cdef void* pk = cnp.PyArray_DATA(k)
@@ -415,10 +654,11 @@ def attention_forward(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray o
 
 
 def attention_backward(cnp.ndarray dout, cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray out,
-                       cnp.ndarray lse, cnp.ndarray dq, cnp.ndarray dk, cnp.ndarray dv, bint causal, double scale,
-                       double dropout_p, uint64_t key, int n_threads):
+                       cnp.ndarray lse, cnp.ndarray dq, cnp.ndarray dk, cnp.ndarray dv, bint causal,
+                       double scale, double dropout_p, uint64_t key, cnp.ndarray mask, cnp.ndarray slopes,
+                       cnp.ndarray offsets, int n_threads):
     """Shapes and strides as in the forward pass; dq, dk, dv have those of q, k, v."""
-    cdef Shape shape = shape_of(q, k, causal, scale, dropout_p, key)
+    cdef Shape shape = shape_of(q, k, v, causal, scale, dropout_p, key, mask, slopes, offsets)
     cdef Strides gs = strides_of(dout), qs = strides_of(q), ks = strides_of(k), vs = strides_of(v)
     cdef Strides os = strides_of(out), dqs = strides_of(dq), dks = strides_of(dk), dvs = strides_of(dv)
     cdef void* pg = cnp.PyArray_DATA(dout)

@@ -1,7 +1,7 @@
-"""GELU (tanh and erf forms) and dropout.
+"""Activations (GELU, ReLU and its square, SiLU, tanh, sigmoid), SwiGLU and dropout.
 
 Arrays are cut into blocks of BLOCK elements, which threads share; each block is one plain loop that
-the compiler vectorises (exp and erf are inlined from vmath.h).
+the compiler vectorises (exp, erf and tanh are inlined from vmath.h).
 """
 cimport numpy as cnp
 from cython cimport floating
@@ -9,7 +9,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport uint32_t, uint64_t
 from numpy cimport PyArray_DATA as data
 
-from cllm._kernels.vmath cimport verf, vexp
+from cllm._kernels.vmath cimport verf, vexp, vtanh
 
 cnp.import_array()
 
@@ -91,54 +91,253 @@ cdef void gelu_erf_backward(const floating* dy, const floating* x, floating* dx,
         dx[i] = dy[i] * (normal_cdf(v) + v * <floating>0.3989422804014327 * vexp(<floating>-0.5 * v * v))
 
 
-cdef void gelu_forward_blocks(const floating* x, floating* out, Py_ssize_t n, bint tanh,
-                              int n_threads) noexcept nogil:
-    """out = gelu(x).  x, out: (n,)."""
+# Other activations -----------------------------------------------------------------------------------
+# Where x <= 0 the slope of relu is 0 and dy does not matter; a NaN in x fails the comparison and passes.
+
+cdef inline floating sigmoid(floating v) noexcept nogil:
+    """1 / (1 + exp(-v)); exp(-v) turns infinite where the result is below the smallest normal number."""
+    return <floating>1 / (<floating>1 + vexp(-v))
+
+
+cdef inline floating silu(floating v) noexcept nogil:
+    """v sigmoid(v). Under -1000 it is 0 to either dtype; the bound keeps -inf * 0 out."""
+    v = <floating>-1000 if v < <floating>-1000 else v
+    return v * sigmoid(v)
+
+
+cdef inline floating silu_slope(floating v) noexcept nogil:
+    """d(v s)/dv = s (1 + v (1 - s)), with s = sigmoid(v)."""
+    cdef floating s
+    v = bounded(v, -1000, 1000)
+    s = sigmoid(v)
+    return s * (<floating>1 + v * (<floating>1 - s))
+
+
+cdef void relu_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = <floating>0 if x[i] <= 0 else x[i]
+
+
+cdef void relu_backward(const floating* dy, const floating* x, floating* dx, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef floating v
+    for i in range(n):
+        v = dy[i] if x[i] > 0 else x[i]
+        dx[i] = <floating>0 if x[i] <= 0 else v
+
+
+cdef void relu_squared_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef floating v
+    for i in range(n):
+        v = <floating>0 if x[i] <= 0 else x[i]
+        out[i] = v * v
+
+
+cdef void relu_squared_backward(const floating* dy, const floating* x, floating* dx,
+                                Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = <floating>0 if x[i] <= 0 else dy[i] * (<floating>2 * x[i])
+
+
+cdef void silu_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = silu(x[i])
+
+
+cdef void silu_backward(const floating* dy, const floating* x, floating* dx, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = dy[i] * silu_slope(x[i])
+
+
+cdef void tanh_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = vtanh(x[i])
+
+
+cdef void tanh_backward(const floating* dy, const floating* y, floating* dx, Py_ssize_t n) noexcept nogil:
+    """dy (1 - y^2); written so, it keeps its digits where y is near 1."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = dy[i] * ((<floating>1 - y[i]) * (<floating>1 + y[i]))
+
+
+cdef void sigmoid_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = sigmoid(x[i])
+
+
+cdef void sigmoid_backward(const floating* dy, const floating* y, floating* dx, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        dx[i] = dy[i] * (y[i] * (<floating>1 - y[i]))
+
+
+# All of these share the loop over blocks.
+
+cdef enum:
+    GELU_TANH, GELU, RELU, RELU_SQUARED, SILU, TANH, SIGMOID
+
+# The names of the codes above, in their order.
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "relu_squared", "silu", "tanh", "sigmoid")
+
+
+cdef void forward_block(int activation, const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
+    if activation == GELU_TANH:
+        gelu_tanh_forward(x, out, n)
+    elif activation == GELU:
+        gelu_erf_forward(x, out, n)
+    elif activation == RELU:
+        relu_forward(x, out, n)
+    elif activation == RELU_SQUARED:
+        relu_squared_forward(x, out, n)
+    elif activation == SILU:
+        silu_forward(x, out, n)
+    elif activation == TANH:
+        tanh_forward(x, out, n)
+    elif activation == SIGMOID:
+        sigmoid_forward(x, out, n)
+
+
+cdef void backward_block(int activation, const floating* dy, const floating* saved, floating* dx,
+                         Py_ssize_t n) noexcept nogil:
+    if activation == GELU_TANH:
+        gelu_tanh_backward(dy, saved, dx, n)
+    elif activation == GELU:
+        gelu_erf_backward(dy, saved, dx, n)
+    elif activation == RELU:
+        relu_backward(dy, saved, dx, n)
+    elif activation == RELU_SQUARED:
+        relu_squared_backward(dy, saved, dx, n)
+    elif activation == SILU:
+        silu_backward(dy, saved, dx, n)
+    elif activation == TANH:
+        tanh_backward(dy, saved, dx, n)
+    elif activation == SIGMOID:
+        sigmoid_backward(dy, saved, dx, n)
+
+
+cdef void activation_forward_blocks(int activation, const floating* x, floating* out, Py_ssize_t n,
+                                    int n_threads) noexcept nogil:
+    """out = activation(x).  x, out: (n,)."""
     cdef Py_ssize_t block, start
     for block in prange(n_blocks(n), num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
         start = block * BLOCK
-        if tanh:
-            gelu_tanh_forward(x + start, out + start, block_size(block, n))
-        else:
-            gelu_erf_forward(x + start, out + start, block_size(block, n))
+        forward_block(activation, x + start, out + start, block_size(block, n))
 
 
-cdef void gelu_backward_blocks(const floating* dy, const floating* x, floating* dx, Py_ssize_t n, bint tanh,
+cdef void activation_backward_blocks(int activation, const floating* dy, const floating* saved, floating* dx,
+                                     Py_ssize_t n, int n_threads) noexcept nogil:
+    """dx = dy activation'.  dy, saved, dx: (n,); saved is the output for tanh and sigmoid, else the input."""
+    cdef Py_ssize_t block, start
+    for block in prange(n_blocks(n), num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        start = block * BLOCK
+        backward_block(activation, dy + start, saved + start, dx + start, block_size(block, n))
+
+
+def activation_forward(int activation, cnp.ndarray x, cnp.ndarray out, int n_threads):
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
+    if n < SERIAL_BELOW:
+        n_threads = 1
+    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
+        with nogil:
+            activation_forward_blocks(activation, <float*>data(x), <float*>data(out), n, n_threads)
+    else:
+        with nogil:
+            activation_forward_blocks(activation, <double*>data(x), <double*>data(out), n, n_threads)
+
+
+def activation_backward(int activation, cnp.ndarray dy, cnp.ndarray saved, cnp.ndarray dx, int n_threads):
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(dy)
+    if n < SERIAL_BELOW:
+        n_threads = 1
+    if cnp.PyArray_TYPE(dy) == cnp.NPY_FLOAT:
+        with nogil:
+            activation_backward_blocks(activation, <float*>data(dy), <float*>data(saved), <float*>data(dx), n,
+                                       n_threads)
+    else:
+        with nogil:
+            activation_backward_blocks(activation, <double*>data(dy), <double*>data(saved),
+                                       <double*>data(dx), n, n_threads)
+
+
+# SwiGLU ----------------------------------------------------------------------------------------------
+# Gate and up may be the two halves of each row of one array, so rows have a stride.
+
+cdef void swiglu_forward_block(const floating* gate, const floating* up, floating* out,
+                               Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        out[i] = silu(gate[i]) * up[i]
+
+
+cdef void swiglu_backward_block(const floating* dy, const floating* gate, const floating* up, floating* dgate,
+                                floating* dup, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        dgate[i] = dy[i] * up[i] * silu_slope(gate[i])
+        dup[i] = dy[i] * silu(gate[i])
+
+
+cdef void swiglu_forward_rows(const floating* gate, const floating* up, Py_ssize_t stride, floating* out,
+                              Py_ssize_t N, Py_ssize_t n, int n_threads) noexcept nogil:
+    """out = silu(gate) up.  gate, up: (N, n), rows `stride` apart; out: (N, n)."""
+    cdef Py_ssize_t part, row, start, per_row = n_blocks(n)
+    for part in prange(N * per_row, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        row = part // per_row
+        start = part % per_row * BLOCK
+        swiglu_forward_block(gate + row * stride + start, up + row * stride + start, out + row * n + start,
+                             block_size(part % per_row, n))
+
+
+cdef void swiglu_backward_rows(const floating* dy, const floating* gate, const floating* up,
+                               Py_ssize_t stride, floating* dgate, floating* dup, Py_ssize_t N, Py_ssize_t n,
                                int n_threads) noexcept nogil:
-    """dx = dy gelu'(x).  dy, x, dx: (n,)."""
-    cdef Py_ssize_t block, start
-    for block in prange(n_blocks(n), num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-        start = block * BLOCK
-        if tanh:
-            gelu_tanh_backward(dy + start, x + start, dx + start, block_size(block, n))
-        else:
-            gelu_erf_backward(dy + start, x + start, dx + start, block_size(block, n))
+    """dy: (N, n); gate, up, dgate, dup: (N, n), rows `stride` apart."""
+    cdef Py_ssize_t part, row, start, per_row = n_blocks(n)
+    for part in prange(N * per_row, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        row = part // per_row
+        start = part % per_row * BLOCK
+        swiglu_backward_block(dy + row * n + start, gate + row * stride + start, up + row * stride + start,
+                              dgate + row * stride + start, dup + row * stride + start,
+                              block_size(part % per_row, n))
 
 
-def gelu_forward(cnp.ndarray x, cnp.ndarray out, bint tanh, int n_threads):
-    cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
-    if n < SERIAL_BELOW:
+def swiglu_forward(cnp.ndarray gate, cnp.ndarray up, cnp.ndarray out, int n_threads):
+    cdef Py_ssize_t N = cnp.PyArray_DIM(gate, 0), n = cnp.PyArray_DIM(gate, 1)
+    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(gate, 0) // cnp.PyArray_ITEMSIZE(gate)
+    if N * n < SERIAL_BELOW:
         n_threads = 1
-    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
+    if cnp.PyArray_TYPE(gate) == cnp.NPY_FLOAT:
         with nogil:
-            gelu_forward_blocks(<float*>data(x), <float*>data(out), n, tanh, n_threads)
+            swiglu_forward_rows(<float*>data(gate), <float*>data(up), stride, <float*>data(out), N, n,
+                                n_threads)
     else:
         with nogil:
-            gelu_forward_blocks(<double*>data(x), <double*>data(out), n, tanh, n_threads)
+            swiglu_forward_rows(<double*>data(gate), <double*>data(up), stride, <double*>data(out), N, n,
+                                n_threads)
 
 
-def gelu_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, bint tanh, int n_threads):
-    cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
-    if n < SERIAL_BELOW:
+def swiglu_backward(cnp.ndarray dy, cnp.ndarray gate, cnp.ndarray up, cnp.ndarray dgate, cnp.ndarray dup,
+                    int n_threads):
+    cdef Py_ssize_t N = cnp.PyArray_DIM(gate, 0), n = cnp.PyArray_DIM(gate, 1)
+    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(gate, 0) // cnp.PyArray_ITEMSIZE(gate)
+    if N * n < SERIAL_BELOW:
         n_threads = 1
-    if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
+    if cnp.PyArray_TYPE(gate) == cnp.NPY_FLOAT:
         with nogil:
-            gelu_backward_blocks(<float*>data(dy), <float*>data(x),
-                                 <float*>data(dx), n, tanh, n_threads)
+            swiglu_backward_rows(<float*>data(dy), <float*>data(gate), <float*>data(up), stride,
+                                 <float*>data(dgate), <float*>data(dup), N, n, n_threads)
     else:
         with nogil:
-            gelu_backward_blocks(<double*>data(dy), <double*>data(x),
-                                 <double*>data(dx), n, tanh, n_threads)
+            swiglu_backward_rows(<double*>data(dy), <double*>data(gate), <double*>data(up), stride,
+                                 <double*>data(dgate), <double*>data(dup), N, n, n_threads)
 
 
 # Dropout ---------------------------------------------------------------------------------------------

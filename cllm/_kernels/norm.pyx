@@ -1,4 +1,6 @@
-"""Layer norm over the last axis (Ba, Kiros & Hinton 2016).
+"""Layer norm (Ba, Kiros & Hinton 2016) and RMS norm (Zhang & Sennrich 2019) over the last axis.
+
+They differ in the mean alone: RMS norm takes nothing off.
 
 A row stays in the first cache while it is read two or three times: mean, then squared distances from it
 (one pass over sum(x^2) - mean^2 cancels), then the result. Threads share rows. The gradients of weight
@@ -83,7 +85,7 @@ cdef inline void row_products(const floating* dy, const floating* x, const float
 cdef void forward_row(const floating* x, const floating* weight, const floating* bias, double eps,
                       floating* y, floating* mean, floating* rstd, Py_ssize_t C) noexcept nogil:
     """y = (x - mean) rstd weight + bias."""
-    cdef floating m = row_sum(x, C) / <floating>C
+    cdef floating m = <floating>0 if mean is NULL else row_sum(x, C) / <floating>C
     cdef floating r = <floating>1 / root(row_squares(x, m, C) / <floating>C + <floating>eps)
     cdef Py_ssize_t j
     if bias is NULL:
@@ -92,17 +94,19 @@ cdef void forward_row(const floating* x, const floating* weight, const floating*
     else:
         for j in range(C):
             y[j] = (x[j] - m) * r * weight[j] + bias[j]
-    mean[0] = m
+    if mean is not NULL:
+        mean[0] = m
     rstd[0] = r
 
 
-cdef void backward_row(const floating* dy, const floating* x, const floating* weight, floating mean,
-                       floating rstd, floating* dx, Py_ssize_t C) noexcept nogil:
-    """dx = rstd (g - mean(g) - h mean(g h)), h = (x - mean) rstd and g = dy weight; inverts forward_row."""
+cdef void backward_row(const floating* dy, const floating* x, const floating* weight, bint centred,
+                       floating mean, floating rstd, floating* dx, Py_ssize_t C) noexcept nogil:
+    """dx = rstd (g - mean(g) - h mean(g h)), h = (x - mean) rstd and g = dy weight; inverts forward_row.
+    Without centring, mean is 0 and mean(g) falls away."""
     cdef floating plain, normed
     cdef Py_ssize_t j
     row_products(dy, x, weight, mean, rstd, C, &plain, &normed)
-    plain /= <floating>C
+    plain = plain / <floating>C if centred else <floating>0
     normed = normed / <floating>C * rstd
     for j in range(C):
         dx[j] = rstd * (dy[j] * weight[j] - plain - (x[j] - mean) * normed)
@@ -128,19 +132,22 @@ cdef inline void column_sums(const floating* dy, const floating* x, const floati
         memcpy(dbias, b, n * sizeof(floating))
 
 
-cdef void backward_block(const floating* dy, const floating* x, const floating* weight, const floating* mean,
-                         const floating* rstd, floating* dx, floating* dweight, floating* dbias, Py_ssize_t N,
+cdef void backward_block(const floating* dy, const floating* x, const floating* weight, bint centred,
+                         const floating* mean, const floating* rstd, floating* dx, floating* dweight, floating* dbias, Py_ssize_t N,
                          Py_ssize_t C) noexcept nogil:
     """dx, and the block's partial sums dweight, dbias (C,): these column by column, in registers."""
     cdef Py_ssize_t i, j, group
-    for group in range(C // LANES):
-        j = group * LANES
-        column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C, LANES)
-    if C % LANES > 0:
-        j = C - C % LANES
-        column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C, C - j)
+    if dweight is not NULL:
+        for group in range(C // LANES):
+            j = group * LANES
+            column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C,
+                        LANES)
+        if C % LANES > 0:
+            j = C - C % LANES
+            column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C,
+                        C - j)
     for i in range(N):
-        backward_row(dy + i * C, x + i * C, weight, mean[i], rstd[i], dx + i * C, C)
+        backward_row(dy + i * C, x + i * C, weight, centred, mean[i], rstd[i], dx + i * C, C)
 
 
 cdef void combine_columns(const floating* partials, Py_ssize_t stride, Py_ssize_t n_partials, floating* out,
@@ -169,64 +176,75 @@ cdef void combine(const floating* partials, Py_ssize_t stride, Py_ssize_t n_part
 
 cdef void forward(const floating* x, const floating* weight, const floating* bias, double eps, floating* y,
                   floating* mean, floating* rstd, Py_ssize_t N, Py_ssize_t C, int n_threads) noexcept nogil:
-    """x, y: (N, C); weight, bias (or NULL): (C,); mean, rstd: (N,)."""
+    """x, y: (N, C); weight, bias (or NULL): (C,); mean (NULL: RMS norm), rstd: (N,)."""
     cdef Py_ssize_t i
     for i in prange(N, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-        forward_row(x + i * C, weight, bias, eps, y + i * C, mean + i, rstd + i, C)
+        forward_row(x + i * C, weight, bias, eps, y + i * C, NULL if mean is NULL else mean + i, rstd + i, C)
 
 
-cdef void backward(const floating* dy, const floating* x, const floating* weight, const floating* mean,
-                   const floating* rstd, floating* dx, floating* dweight, floating* dbias, floating* partials,
+cdef void backward(const floating* dy, const floating* x, const floating* weight, bint centred,
+                   const floating* mean, const floating* rstd, floating* dx, floating* dweight, floating* dbias, floating* partials,
                    Py_ssize_t N, Py_ssize_t C, bint accumulate, int n_threads) noexcept nogil:
-    """dy, x, dx: (N, C); dweight, dbias (or NULL): (C,); partials: (n_row_blocks(N), 2, C)."""
+    """dy, x, dx: (N, C); mean (0 unless centred), rstd: (N,); dweight, dbias (or NULL): (C,);
+    partials: (n_row_blocks(N), 2, C)."""
     cdef Py_ssize_t block, i
     cdef Py_ssize_t n_partials = n_row_blocks(N)
     cdef floating* partial
     for block in prange(n_partials, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
         i = block * ROW_BLOCK
         partial = partials + block * 2 * C
-        backward_block(dy + i * C, x + i * C, weight, mean + i, rstd + i, dx + i * C, partial,
-                       NULL if dbias is NULL else partial + C, min(<Py_ssize_t>ROW_BLOCK, N - i), C)
-    combine(partials, 2 * C, n_partials, dweight, C, accumulate, n_threads)
+        backward_block(dy + i * C, x + i * C, weight, centred, mean + i, rstd + i, dx + i * C,
+                       NULL if dweight is NULL else partial, NULL if dbias is NULL else partial + C,
+                       min(<Py_ssize_t>ROW_BLOCK, N - i), C)
+    if dweight is not NULL:
+        combine(partials, 2 * C, n_partials, dweight, C, accumulate, n_threads)
     if dbias is not NULL:
         combine(partials + C, 2 * C, n_partials, dbias, C, accumulate, n_threads)
 
 
-def layer_norm_forward(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps, cnp.ndarray y,
-                       cnp.ndarray mean, cnp.ndarray rstd, int n_threads):
-    cdef Py_ssize_t N = cnp.PyArray_SIZE(mean), C = cnp.PyArray_SIZE(weight)
-    cdef void* b = NULL if bias is None else data(bias)
+cdef inline void* data_or_null(cnp.ndarray array):
+    return NULL if array is None else data(array)
+
+
+def norm_forward(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps, cnp.ndarray y,
+                 cnp.ndarray mean, cnp.ndarray rstd, int n_threads):
+    """Layer norm; RMS norm where mean is None."""
+    cdef Py_ssize_t N = cnp.PyArray_SIZE(rstd), C = cnp.PyArray_SIZE(weight)
+    cdef void* b = data_or_null(bias)
+    cdef void* m = data_or_null(mean)
     if N * C < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            forward(<float*>data(x), <float*>data(weight), <float*>b, eps, <float*>data(y),
-                    <float*>data(mean), <float*>data(rstd), N, C, n_threads)
+            forward(<float*>data(x), <float*>data(weight), <float*>b, eps, <float*>data(y), <float*>m,
+                    <float*>data(rstd), N, C, n_threads)
     else:
         with nogil:
-            forward(<double*>data(x), <double*>data(weight), <double*>b, eps, <double*>data(y),
-                    <double*>data(mean), <double*>data(rstd), N, C, n_threads)
+            forward(<double*>data(x), <double*>data(weight), <double*>b, eps, <double*>data(y), <double*>m,
+                    <double*>data(rstd), N, C, n_threads)
 
 
 def partials_shape(Py_ssize_t N, Py_ssize_t C):
-    """The shape of the scratch array that layer_norm_backward needs."""
+    """The shape of the scratch array that norm_backward needs."""
     return n_row_blocks(N), 2, C
 
 
-def layer_norm_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray mean, cnp.ndarray rstd,
-                        cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias, cnp.ndarray partials,
-                        bint accumulate, int n_threads):
-    cdef Py_ssize_t N = cnp.PyArray_SIZE(mean), C = cnp.PyArray_SIZE(weight)
-    cdef void* db = NULL if dbias is None else data(dbias)
+def norm_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray weight, bint centred, cnp.ndarray mean,
+                  cnp.ndarray rstd, cnp.ndarray dx, cnp.ndarray dweight, cnp.ndarray dbias,
+                  cnp.ndarray partials, bint accumulate, int n_threads):
+    """Of layer norm; of RMS norm unless centred: the mean is then zeros."""
+    cdef Py_ssize_t N = cnp.PyArray_SIZE(rstd), C = cnp.PyArray_SIZE(weight)
+    cdef void* dw = data_or_null(dweight)
+    cdef void* db = data_or_null(dbias)
     if N * C < SERIAL_BELOW:
         n_threads = 1
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
-            backward(<float*>data(dy), <float*>data(x), <float*>data(weight), <float*>data(mean),
-                     <float*>data(rstd), <float*>data(dx), <float*>data(dweight), <float*>db,
-                     <float*>data(partials), N, C, accumulate, n_threads)
+            backward(<float*>data(dy), <float*>data(x), <float*>data(weight), centred, <float*>data(mean),
+                     <float*>data(rstd), <float*>data(dx), <float*>dw, <float*>db, <float*>data(partials), N,
+                     C, accumulate, n_threads)
     else:
         with nogil:
-            backward(<double*>data(dy), <double*>data(x), <double*>data(weight), <double*>data(mean),
-                     <double*>data(rstd), <double*>data(dx), <double*>data(dweight), <double*>db,
+            backward(<double*>data(dy), <double*>data(x), <double*>data(weight), centred, <double*>data(mean),
+                     <double*>data(rstd), <double*>data(dx), <double*>dw, <double*>db,
                      <double*>data(partials), N, C, accumulate, n_threads)

@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from cllm.data import cache, sources
+from cllm.data.batch import Batch, Examples
 from cllm.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -25,8 +26,8 @@ from cllm.data.tokens import Tokens
 from cllm.errors import InputError
 
 __all__ = [
-    "ByteTokenizer", "CharTokenizer", "DataConfig", "IdTokenizer", "Text", "Tokens", "load",
-    "tokenizer_from_dict",
+    "Batch", "ByteTokenizer", "CharTokenizer", "DataConfig", "Examples", "IdTokenizer", "Text", "Tokens",
+    "load", "tokenizer_from_dict",
 ]  # fmt: skip
 
 # Raise it when the same input would give other tokens or splits: old cache entries are then not found.

@@ -1,7 +1,7 @@
 """Text to tokens and back: one token a character, one a byte, or bare token ids.
 
-A tokenizer has `encode`, `decode`, `check`, `vocab_size` and `to_dict`; what `to_dict` returns is JSON,
-and `tokenizer_from_dict` makes the same tokenizer from it.
+A tokenizer has `encode`, `decode`, `check`, `byte_lengths`, `vocab_size` and `to_dict`; what `to_dict`
+returns is JSON, and `tokenizer_from_dict` makes the same tokenizer from it.
 """
 
 import json
@@ -73,6 +73,11 @@ class CharTokenizer:
         points = self._points[_checked(tokens, self.vocab_size)]
         return points.tobytes().decode("utf-32-le", "surrogatepass")
 
+    def byte_lengths(self):
+        """How many bytes of UTF-8 each token stands for, int64 (vocab_size,)."""
+        # A character has one more byte from each of these code points on.
+        return 1 + np.searchsorted([0x80, 0x800, 0x10000], self._points, side="right")
+
     def to_dict(self):
         return {"type": "char", "characters": self.characters}
 
@@ -103,6 +108,10 @@ class ByteTokenizer:
         """The tokens' text; bytes that are not UTF-8 (a sample may stop within a character) become U+FFFD."""
         return _checked(tokens, 256).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+    def byte_lengths(self):
+        """How many bytes of UTF-8 each token stands for, int64 (256,): one."""
+        return np.ones(256, np.int64)
+
     def to_dict(self):
         return {"type": "byte"}
 
@@ -130,6 +139,10 @@ class IdTokenizer:
 
     def decode(self, tokens):
         return " ".join(map(str, _checked(tokens, self.vocab_size).tolist()))
+
+    def byte_lengths(self):
+        """None: what the tokens stand for is not known."""
+        return None
 
     def to_dict(self):
         return {"type": "ids", "vocab_size": self.vocab_size}

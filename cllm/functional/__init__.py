@@ -10,10 +10,13 @@ from cllm.functional.elementwise import (
     gelu,
     log_softmax,
     relu,
+    relu_squared,
+    rotary,
     sigmoid,
     silu,
     softmax,
     softplus,
+    swiglu,
     tanh,
 )
 from cllm.functional.layers import (
@@ -27,6 +30,7 @@ from cllm.functional.layers import (
 from cllm.functional.losses import (
     binary_cross_entropy_with_logits,
     cross_entropy,
+    cross_entropy_count,
     huber_loss,
     l1_loss,
     linear_cross_entropy,
@@ -35,8 +39,9 @@ from cllm.functional.losses import (
 )
 
 __all__ = [
-    "binary_cross_entropy_with_logits", "causal_self_attention", "cross_entropy", "dropout", "embedding",
-    "feed_forward", "gelu", "huber_loss", "l1_loss", "layer_norm", "linear", "linear_cross_entropy",
-    "log_softmax", "mse_loss", "relu", "rms_norm", "scaled_dot_product_attention", "sigmoid", "silu",
-    "smooth_l1_loss", "softmax", "softplus", "tanh", "token_position_embedding",
+    "binary_cross_entropy_with_logits", "causal_self_attention", "cross_entropy", "cross_entropy_count",
+    "dropout", "embedding", "feed_forward", "gelu", "huber_loss", "l1_loss", "layer_norm", "linear",
+    "linear_cross_entropy", "log_softmax", "mse_loss", "relu", "relu_squared", "rms_norm", "rotary",
+    "scaled_dot_product_attention", "sigmoid", "silu", "smooth_l1_loss", "softmax", "softplus", "swiglu",
+    "tanh", "token_position_embedding",
 ]  # fmt: skip

@@ -3,12 +3,22 @@
 import numpy as np
 
 from cllm import kernels, rng
-from cllm.tensor import _sigmoid, as_tensor, record
+from cllm.errors import InputError
+from cllm.tensor import as_tensor, record
 
 
 def relu(input):
     """max(input, 0)."""
     return as_tensor(input).relu()
+
+
+def relu_squared(input):
+    """max(input, 0)^2 (So et al. 2021)."""
+    x = as_tensor(input)
+    a = x.data
+    return record(
+        kernels.relu_squared_forward(a), (x,), lambda grad: (kernels.relu_squared_backward(grad, a),)
+    )
 
 
 def gelu(input, approximate="none"):
@@ -21,7 +31,17 @@ def silu(input):
     return as_tensor(input).silu()
 
 
+def swiglu(gate, up):
+    """silu(gate) up (Shazeer 2020).  gate, up : Tensors of one shape."""
+    gate, up = as_tensor(gate), as_tensor(up)
+    a, b = gate.data, up.data
+    return record(
+        kernels.swiglu_forward(a, b), (gate, up), lambda grad: kernels.swiglu_backward(grad, a, b)
+    )
+
+
 def tanh(input):
+    """The hyperbolic tangent."""
     return as_tensor(input).tanh()
 
 
@@ -34,7 +54,42 @@ def softplus(input):
     """log(1 + exp(x)), without overflow."""
     x = as_tensor(input)
     a = x.data
-    return record(np.logaddexp(a, a.dtype.type(0)), (x,), lambda grad: (grad * _sigmoid(a),))
+    return record(np.logaddexp(a, a.dtype.type(0)), (x,), lambda grad: (grad * kernels.sigmoid_forward(a),))
+
+
+#: What a feed-forward block may have between its matrices, by the names of `kernels.ACTIVATIONS`.
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: gelu(x, "tanh"),
+    "gelu": gelu,
+    "relu": relu,
+    "relu_squared": relu_squared,
+    "silu": silu,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "swiglu": lambda x: swiglu(*x.chunk(2, -1)),
+}
+
+
+def rotary(input, offset=0, base=10000.0):
+    """Rotary position embedding (Su et al. 2021): channels i and i + D/2 of a row at position p turn by
+    p base^(-2 i / D).
+
+    Parameters
+    ----------
+    input : (B, H, T, D) Tensor
+        D is even.
+    offset : int or (B,) integer array
+        The position of each sequence's first row.
+    base : float
+    """
+    x = as_tensor(input)
+    if np.ndim(offset):
+        offset = np.array(offset)  # the caller may change it before the backward pass
+    return record(
+        kernels.rotary_forward(x.data, offset=offset, base=base),
+        (x,),
+        lambda grad: (kernels.rotary_backward(grad, offset=offset, base=base),),
+    )
 
 
 def softmax(input, dim):
@@ -54,7 +109,7 @@ def dropout(input, p=0.5, training=True):
     """
     x = as_tensor(input)
     if not 0 <= p <= 1:
-        raise ValueError(f"dropout: p is {p}, it must be between 0 and 1")
+        raise InputError(f"dropout: p is {p}, it must be between 0 and 1")
     if not training or p == 0:
         return x
     if p == 1:

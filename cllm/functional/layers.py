@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from cllm import kernels
-from cllm.functional.elementwise import gelu
+from cllm.errors import InputError
+from cllm.functional.elementwise import ACTIVATIONS
 from cllm.functional.gradients import data_of, targets_of, written
 from cllm.tensor import Tensor, _sum, as_tensor, record
 
@@ -51,7 +52,7 @@ def token_position_embedding(tokens, token_weight, position_weight):
     n_rows, T = token_weight.data.shape[0], tokens.shape[-1]
     n_positions = position_weight.data.shape[0]
     if n_positions < T:
-        raise ValueError(f"token_position_embedding: {T} positions, the table has {n_positions}")
+        raise InputError(f"token_position_embedding: {T} positions, the table has {n_positions}")
     out = kernels.embedding_forward(tokens, token_weight.data)
     out += position_weight.data[:T]
 
@@ -76,7 +77,7 @@ def _last(function, x, normalized_shape):
     """normalized_shape as a tuple; it must be the last dimensions of x."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
     if not shape or x.shape[-len(shape) :] != shape:
-        raise ValueError(f"{function}: normalized_shape is {shape}, input is {x.shape}")
+        raise InputError(f"{function}: normalized_shape is {shape}, input is {x.shape}")
     return shape
 
 
@@ -95,7 +96,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     if len(shape) > 1:
         flat = [None if x is None else x.reshape(-1) for x in (weight, bias)]
         lead = input.shape[: -len(shape)]
-        return layer_norm(input.reshape(*lead, -1), math.prod(shape), *flat, eps).reshape(input.shape)
+        n = math.prod(shape)
+        return layer_norm(input.reshape(*lead, n), n, *flat, eps).reshape(input.shape)
     x = input.data
     if weight is None:
         weight = Tensor(np.ones(shape, x.dtype))
@@ -116,38 +118,58 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 def rms_norm(input, normalized_shape, weight=None, eps=None):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang & Sennrich 2019).
 
+    Parameters
+    ----------
+    input : (..., *normalized_shape) Tensor
+    normalized_shape : int or tuple of int
+    weight : Tensor of normalized_shape, or None
     eps : float or None
         None is the dtype's machine epsilon.
     """
-    x = as_tensor(input)
-    shape = _last("rms_norm", x, normalized_shape)
-    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-    y = x * ((x * x).mean(tuple(range(-len(shape), 0)), keepdim=True) + eps).rsqrt()
-    return y if weight is None else y * weight
+    input = as_tensor(input)
+    shape = _last("rms_norm", input, normalized_shape)
+    if len(shape) > 1:
+        flat = None if weight is None else weight.reshape(-1)
+        lead = input.shape[: -len(shape)]
+        n = math.prod(shape)
+        return rms_norm(input.reshape(*lead, n), n, flat, eps).reshape(input.shape)
+    x, w = input.data, data_of(weight)
+    out, rstd = kernels.rms_norm_forward(x, w, eps)
+
+    def backward(grad):
+        (target,), add = targets_of(weight)
+        dx, dw = kernels.rms_norm_backward(grad, x, w, rstd, out=(None, target), accumulate=add)
+        return dx, *written((weight,), (dw,))
+
+    return record(out, (input,) if weight is None else (input, weight), backward)
 
 
-def feed_forward(input, w1, b1, w2, b2, approximate="tanh"):
-    """gelu(input w1^T + b1) w2^T + b2, one operation.
+def feed_forward(input, w1, b1, w2, b2, activation="gelu_tanh"):
+    """activation(input w1^T + b1) w2^T + b2, one operation.
 
     Parameters
     ----------
     input : (..., C) Tensor
     w1, b1 : (F, C) and (F,) Tensors; b1 may be None
+        (2 F, C) and (2 F,) for swiglu, the gates first.
     w2, b2 : (O, F) and (O,) Tensors; b2 may be None
-    approximate : {"tanh", "none"}
-        GELU's form.
+    activation : str
+        One of `kernels.ACTIVATIONS`: gelu_tanh, gelu, relu, relu_squared, silu, tanh, sigmoid, swiglu.
     """
+    if activation not in kernels.ACTIVATIONS:
+        allowed = ", ".join(kernels.ACTIVATIONS)
+        raise InputError(f"feed_forward: activation is {activation!r}, it must be one of {allowed}")
     if (b1 is None) != (b2 is None) or w1 is w2 or (b1 is b2 and b1 is not None):
-        return linear(gelu(linear(input, w1, b1), approximate), w2, b2)
+        return linear(ACTIVATIONS[activation](linear(input, w1, b1)), w2, b2)
     input = as_tensor(input)
     x = input.data
     parameters = (w1, b1, w2, b2)
-    out, pre = kernels.feed_forward_forward(x, w1.data, data_of(b1), w2.data, data_of(b2), approximate)
+    out, pre = kernels.feed_forward_forward(x, w1.data, data_of(b1), w2.data, data_of(b2), activation)
 
     def backward(grad):
         targets, add = targets_of(*parameters)
         dx, *found = kernels.feed_forward_backward(
-            grad, x, pre, w1.data, w2.data, approximate=approximate, bias=b1 is not None,
+            grad, x, pre, w1.data, w2.data, activation=activation, bias=b1 is not None,
             out=(None, *targets), accumulate=add,
         )  # fmt: skip
         return dx, *written(parameters, found)

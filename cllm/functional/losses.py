@@ -1,80 +1,198 @@
-"""Losses: cross-entropy of logits and of an output layer, regression, binary cross-entropy."""
+"""Losses: cross-entropy of logits and of an output layer, regression, binary cross-entropy.
 
+Sums run in double. A mean is a sum over a count that `cross_entropy_count` gives by itself: the sums of the
+parts of a batch over the count of the whole are the loss, and have the gradients, of the whole.
+"""
+
+import math
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 
 from cllm import kernels
-from cllm.functional.elementwise import softplus
-from cllm.functional.gradients import data_of, targets_of, written
-from cllm.tensor import as_tensor, record, where
+from cllm.errors import InputError
+from cllm.functional.gradients import targets_of, written
+from cllm.kernels import checks
+from cllm.kernels.loss import check_class_weight, check_numbers, check_targets
+from cllm.tensor import Tensor, _operands, _unbroadcast, as_tensor, record
+
+# Arguments and reductions ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _input_errors():
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _check_reduction(function, reduction):
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'{function}: reduction is {reduction!r}, it must be "mean", "sum" or "none"')
+        raise InputError(f'{function}: reduction is {reduction!r}, it must be "mean", "sum" or "none"')
 
 
-def _reduce(function, losses, reduction):
-    _check_reduction(function, reduction)
-    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+def _constant(function, name, value, dtype):
+    """A weight, an array or a Tensor without gradient, as an array of this dtype; None stays None."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise InputError(f"{function}: {name} requires a gradient, but a loss has none for it: detach it")
+        value = value.data
+    return None if value is None else np.asarray(value, dtype)
 
 
-def _integer_targets(function, target, shape):
-    target = np.asarray(target)
-    if target.dtype.kind not in "iu":
-        raise TypeError(f"{function}: target is {target.dtype}, it must be an integer array")
-    if target.shape != shape:
-        raise ValueError(f"{function}: target is {target.shape}, it must be {shape}")
-    return target.reshape(-1)
+def _mask(function, mask, shape):
+    if mask is None:
+        return None
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"{function}: mask is {mask.dtype}, it must be boolean")
+    if mask.shape != shape:
+        raise InputError(f"{function}: mask is {mask.shape}, it must be {shape}")
+    return mask
 
 
-def _reduced_rows(losses, targets, shape, ignore_index, reduction):
-    """The rows' losses reduced, and the function from the result's gradient to the rows' gradients."""
+def _reduced(losses, shape, reduction, count):
+    """The losses reduced, and the function from the result's gradient to the losses' gradients."""
     if reduction == "none":
-        return losses.reshape(shape), lambda grad: grad.reshape(-1)
-    total = losses.sum(dtype=np.float64)
-    count = np.count_nonzero(targets != ignore_index) if reduction == "mean" else 1
+        return losses.reshape(shape), lambda grad: grad.reshape(losses.shape)
+    divisor = count if reduction == "mean" else 1
     with np.errstate(all="ignore"):
-        out = np.asarray(total / count, losses.dtype)  # nan without a target, as in torch
-    n = losses.shape
-    return out, lambda grad: np.full(n, grad / max(count, 1), losses.dtype)
+        out = np.asarray(losses.sum(dtype=np.float64) / divisor, losses.dtype)
+    return out, lambda grad: np.full(losses.shape, grad / divisor, losses.dtype)
 
 
-def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+# Softmax cross-entropy -------------------------------------------------------------------------------
+
+
+def _classes(function, target, shape, mask, ignore_index):
+    """Integer targets as int64, those that do not count made ignore_index."""
+    try:
+        checks.whole(function, "ignore_index", ignore_index, -(2**63), 2**63, "in [-2**63, 2**63)")
+        target = checks.integers(function, "target", target)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if target.shape != shape:
+        raise InputError(f"{function}: target is {target.shape}, it must be {shape}")
+    return target if mask is None else np.where(mask, target, int(ignore_index))
+
+
+def _count(target, weight, ignore_index):
+    """What a mean over integer targets divides by."""
+    counted = target != ignore_index
+    return np.count_nonzero(counted) if weight is None else weight[target[counted]].sum(dtype=np.float64)
+
+
+def _refused(error, function, target, n_classes, name, weight, ignore_index, label_smoothing, z_loss):
+    """A kernel's error in the caller's words: a target is named with its position in the caller's shape."""
+    try:
+        check_targets(function, "target", target, n_classes, ignore_index, label_smoothing, z_loss)
+        check_class_weight(function, name, weight, n_classes)
+    except (TypeError, ValueError) as named:
+        error = named
+    return error if isinstance(error, TypeError) else InputError(str(error))
+
+
+def _counted(losses, target, weight, ignore_index, reduction):
+    """The losses, the targets for the backward pass and what the reduction divides by.
+
+    When nothing counts the mean is taken as if each row were ignored: no NaN comes to loss or gradient.
+    """
+    count = _count(target, weight, ignore_index) if reduction == "mean" else 1
+    if count > 0:
+        return losses, target, count
+    return np.zeros_like(losses), np.full_like(target, ignore_index), 1
+
+
+def _is_soft(target):
+    return isinstance(target, Tensor) or np.asarray(target).dtype.kind == "f"
+
+
+def _as_rows(x, n_classes):
+    """(N, V), (V,) or (N, V, ...) as rows of logits."""
+    if x.ndim == 2:
+        return x
+    if x.ndim > 2:
+        x = x.permute(0, *range(2, x.ndim), 1)
+    return x.reshape(math.prod(x.shape) // n_classes, n_classes)
+
+
+def cross_entropy(
+    input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, mask=None,
+    z_loss=0.0,
+):  # fmt: skip
     """The negative log-likelihood of target under softmax(input).
+
+    When nothing counts ("mean" would divide by 0: every target ignored or masked, or of weight 0) the mean
+    is 0 and so are the gradients. That is the one difference from torch, which returns NaN.
 
     Parameters
     ----------
     input : (N, V), (V,) or (N, V, ...) Tensor
         Logits; the classes lie in dimension 1.
-    target : (N,), () or (N, ...) integer array
+    target : (N,), () or (N, ...) integer array; or an array or Tensor of floats of input's shape
+        Classes in [0, V); or a probability for each class, taken as it is (it need not add up to 1). A Tensor
+        of probabilities may require a gradient.
     weight : (V,) array, optional
-        A weight for each class; "mean" divides by the targets' sum of weights.
+        A weight for each class, at least 0 and finite (torch takes negative ones, too). "mean" divides by
+        the sum of the targets' weights; with probabilities, by the number of rows, as torch does.
     ignore_index : int
-        Rows with this target have no loss.
+        Rows with this target have no loss and no gradient. With probabilities, use `mask`.
     reduction : {"mean", "sum", "none"}
+        "none" gives an array of the shape of integer targets.
     label_smoothing : float in [0, 1]
-        The share of the target distribution that is uniform over the classes.
+        The share of the target distribution that is uniform over the classes (Szegedy et al. 2016).
+    mask : boolean array of the shape of integer targets, optional
+        Rows with False do not count: no loss and no gradient, whatever their logits and targets are.
+    z_loss : float
+        At least 0: adds weight[target] z_loss log(Z)^2 to a row's loss, Z the sum of exp(logits)
+        (Chowdhery et al. 2022, PaLM, with 1e-4). Probabilities count with their sum of weights.
+
+    Returns
+    -------
+    Tensor
+        () or, for "none", (N,), () or (N, ...); in nats.
+
+    Raises
+    ------
+    InputError
+        When a shape does not fit, a target lies outside [0, V) (named with its position), or a number, a
+        weight or the reduction is not allowed.
+    TypeError
+        When targets are neither integers nor floats of input's shape, or mask is not boolean.
     """
-    _check_reduction("cross_entropy", reduction)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing}, it must be between 0 and 1")
+    function = "cross_entropy"
+    _check_reduction(function, reduction)
     x = as_tensor(input)
     if not x.ndim:
-        raise ValueError("cross_entropy: input is a single number, it must be (N, V), (V,) or (N, V, ...)")
-    V = x.shape[0 if x.ndim == 1 else 1]
+        raise InputError(f"{function}: input is a single number, it must be (N, V), (V,) or (N, V, ...)")
+    n_classes = x.shape[0 if x.ndim == 1 else 1]
+    if not n_classes:
+        raise InputError(f"{function}: input is {x.shape}, it must have at least one class")
     shape = x.shape[:-1] if x.ndim < 3 else (x.shape[0], *x.shape[2:])
-    targets = _integer_targets("cross_entropy", target, shape)
-    if x.ndim > 2:
-        x = x.permute(0, *range(2, x.ndim), 1)
-    x = x.reshape(targets.size, V)
-    if weight is not None:
-        return _weighted_cross_entropy(x, targets, weight, ignore_index, reduction, label_smoothing, shape)
-    logits = x.data
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    losses, lse = kernels.cross_entropy_forward(logits, targets, **options)
-    out, rows = _reduced_rows(losses, targets, shape, ignore_index, reduction)
+    options = {
+        "weight": _constant(function, "weight", weight, x.dtype),
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+    }
+    if _is_soft(target):
+        if np.shape(target.data if isinstance(target, Tensor) else target) != x.shape:
+            raise TypeError(
+                f"{function}: target holds floats, it must be an integer array of shape {shape}, or "
+                f"probabilities of input's shape {x.shape}"
+            )
+        return _soft_cross_entropy(x, target, shape, reduction, mask, ignore_index, options)
+    target = _classes(function, target, shape, _mask(function, mask, shape), ignore_index)
+    options["ignore_index"] = ignore_index
+    x = _as_rows(x, n_classes)
+    logits, targets = x.data, target.reshape(-1)
+    try:
+        losses, lse = kernels.cross_entropy_forward(logits, targets, **options)
+    except (TypeError, ValueError) as error:
+        raise _refused(error, function, target, n_classes, "weight", **options) from None
+    losses, targets, count = _counted(losses, targets, options["weight"], ignore_index, reduction)
+    out, rows = _reduced(losses, shape, reduction, count)
 
     def backward(grad):
         return (kernels.cross_entropy_backward(rows(grad), logits, targets, lse, **options),)
@@ -82,104 +200,250 @@ def cross_entropy(input, target, weight=None, ignore_index=-100, reduction="mean
     return record(out, (x,), backward)
 
 
-def _weighted_cross_entropy(x, targets, weight, ignore_index, reduction, label_smoothing, shape):
-    V = x.shape[1]
-    weight = np.asarray(data_of(weight) if not isinstance(weight, np.ndarray) else weight, x.dtype)
-    if weight.shape != (V,):
-        raise ValueError(f"cross_entropy: weight is {weight.shape}, it must be {(V,)}")
-    valid = targets != ignore_index
-    targets = np.where(valid, targets, 0)
-    row_weight = np.where(valid, weight[targets], 0)
-    log_p = x.log_softmax(-1)
-    losses = log_p.gather(1, targets[:, None]).squeeze(1) * (-(1 - label_smoothing) * row_weight)
-    if label_smoothing > 0:
-        losses = losses + (log_p * weight).sum(-1) * valid * (-label_smoothing / V)
-    if reduction == "mean":
-        return losses.sum() / float(row_weight.sum(dtype=np.float64))
-    return losses.sum() if reduction == "sum" else losses.reshape(shape)
+def _soft_cross_entropy(x, target, shape, reduction, mask, ignore_index, options):
+    function = "cross_entropy"
+    q = target if isinstance(target, Tensor) else Tensor(np.asarray(target, x.dtype))
+    q = q if q.dtype == x.dtype else q.to(x.dtype)
+    weight, smoothing, z_loss = options["weight"], options["label_smoothing"], options["z_loss"]
+    n_classes = x.shape[0 if x.ndim == 1 else 1]
+    allowed = "negative where targets are probabilities: mask leaves out rows of them"
+    with _input_errors():
+        checks.whole(function, "ignore_index", ignore_index, -(2**63), 0, allowed)
+        check_numbers(function, smoothing, z_loss)
+        check_class_weight(function, "weight", weight, n_classes)
+    mask = _mask(function, mask, shape)
+    mask = None if mask is None else mask.reshape(-1)
+    x, q = _as_rows(x, n_classes), _as_rows(q, n_classes)
+    logits, probabilities, wanted = x.data, q.data, q.requires_grad
+    losses, lse = kernels.soft_cross_entropy_forward(logits, probabilities, mask=mask, **options)
+    count = len(losses) if mask is None else np.count_nonzero(mask)
+    out, rows = _reduced(losses, shape, reduction, count or 1)
+
+    def backward(grad):
+        dlosses = rows(grad)
+        dlogits = kernels.soft_cross_entropy_backward(
+            dlosses, logits, probabilities, lse, mask=mask, **options
+        )
+        if not wanted:
+            return dlogits, None
+        total = lse[:, None]
+        dq = dlosses[:, None] * ((1 - smoothing) * (total - logits) + z_loss * total * total)
+        dq = dq if weight is None else dq * weight
+        return dlogits, dq if mask is None else np.where(mask[:, None], dq, 0)
+
+    return record(out, (x, q), backward)
 
 
-def linear_cross_entropy(input, weight, target, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def cross_entropy_count(target, weight=None, ignore_index=-100, mask=None):
+    """What the "mean" of `cross_entropy` divides by.
+
+    The "sum" of the losses of all parts of a batch, over the count of the whole batch, is the "mean" of the
+    whole, and so are the gradients, however the batch is split.
+
+    Parameters
+    ----------
+    target, weight, ignore_index, mask
+        As in `cross_entropy`.
+
+    Returns
+    -------
+    float
+        The number of targets that count; with class weights, the sum of their weights. Of probabilities,
+        the number of rows that count, whatever the weights (as in torch).
+    """
+    function = "cross_entropy_count"
+    if _is_soft(target):
+        shape = target.shape if isinstance(target, Tensor) else np.shape(target)
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        mask = _mask(function, mask, rows)
+        return float(math.prod(rows) if mask is None else np.count_nonzero(mask))
+    shape = np.shape(target)
+    weight = _constant(function, "weight", weight, np.float64)
+    target = _classes(function, target, shape, _mask(function, mask, shape), ignore_index)
+    if weight is not None:
+        with _input_errors():
+            check_class_weight(function, "weight", weight, weight.size)
+            checks.indices(function, "target", target, weight.size, ignore_index)
+    return float(_count(target, weight, ignore_index))
+
+
+def linear_cross_entropy(
+    input, weight, target, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, class_weight=None,
+    mask=None, z_loss=0.0,
+):  # fmt: skip
     """cross_entropy(linear(input, weight), target) in chunks of rows: the logits never exist as a whole.
+
+    When nothing counts the mean is 0 and so are the gradients, as in `cross_entropy`.
 
     Parameters
     ----------
     input : (..., C) Tensor
     weight : (V, C) Tensor
     target : (...) integer array
-    ignore_index, reduction, label_smoothing
+    class_weight : (V,) array, optional
+        The `weight` of `cross_entropy`.
+    ignore_index, reduction, label_smoothing, mask, z_loss
         As in `cross_entropy`.
+
+    Returns
+    -------
+    Tensor
+        () or, for "none", (...); in nats.
+
+    Raises
+    ------
+    InputError, TypeError
+        As `cross_entropy`.
     """
-    _check_reduction("linear_cross_entropy", reduction)
-    input = as_tensor(input)
+    function = "linear_cross_entropy"
+    _check_reduction(function, reduction)
+    input, weight = as_tensor(input), as_tensor(weight)
+    if not input.ndim or weight.ndim != 2 or input.shape[-1] != weight.shape[1] or not len(weight.data):
+        raise InputError(
+            f"{function}: input is {input.shape}, weight is {weight.shape}; they must be (..., C) and (V, C) "
+            "with V at least 1"
+        )
     shape = input.shape[:-1]
-    targets = _integer_targets("linear_cross_entropy", target, shape)
-    x, w = input.data.reshape(targets.size, -1), weight.data
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    losses, lse = kernels.linear_cross_entropy_forward(x, w, targets, **options)
-    out, rows = _reduced_rows(losses, targets, shape, ignore_index, reduction)
+    class_weight = _constant(function, "class_weight", class_weight, input.dtype)
+    target = _classes(function, target, shape, _mask(function, mask, shape), ignore_index)
+    x, w, targets = input.data.reshape(target.size, input.shape[-1]), weight.data, target.reshape(-1)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    try:
+        losses, lse = kernels.linear_cross_entropy_forward(
+            x, w, targets, class_weight=class_weight, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise _refused(error, function, target, len(w), "class_weight", class_weight, **options) from None
+    losses, targets, count = _counted(losses, targets, class_weight, ignore_index, reduction)
+    out, rows = _reduced(losses, shape, reduction, count)
+    shape = input.shape
 
     def backward(grad):
         (dw,), add = targets_of(weight)
         dx, dw = kernels.linear_cross_entropy_backward(
-            rows(grad), x, w, targets, lse, out=(None, dw), accumulate=add, **options
-        )
-        return dx.reshape(*shape, -1), *written((weight,), (dw,))
+            rows(grad), x, w, targets, lse, class_weight=class_weight, out=(None, dw), accumulate=add,
+            **options,
+        )  # fmt: skip
+        return dx.reshape(shape), *written((weight,), (dw,))
 
     return record(out, (input, weight), backward)
 
 
-def _difference(function, input, target):
-    x = as_tensor(input)
-    shape = target.shape if hasattr(target, "shape") else np.shape(target)
-    if shape != x.shape:
+# Element by element ----------------------------------------------------------------------------------
+
+
+def _pair(function, input, target):
+    """input and target as Tensors of one dtype; warns when they broadcast."""
+    x, y = _operands(as_tensor(input), target if isinstance(target, Tensor) else np.asarray(target))
+    y = y if isinstance(y, Tensor) else Tensor(np.full((), y, x.dtype))
+    if x.shape != y.shape:
+        try:
+            np.broadcast_shapes(x.shape, y.shape)
+        except ValueError:
+            shapes = f"input is {x.shape}, target is {y.shape}"
+            raise InputError(f"{function}: {shapes}; they must broadcast") from None
         warnings.warn(
-            f"{function}: input is {x.shape} and target is {shape}; they broadcast, which may not be meant",
-            stacklevel=3,
+            f"{function}: input is {x.shape} and target is {y.shape}; they broadcast, which may not be meant",
+            stacklevel=4,
         )
-    return x - target
+    return x, y
+
+
+def _regression(function, input, target, reduction, forward, backward, *constant):
+    _check_reduction(function, reduction)
+    x, y = _pair(function, input, target)
+    a, b = np.broadcast_arrays(x.data, y.data)
+    losses = forward(a, b, *constant)
+    out, elements = _reduced(losses, losses.shape, reduction, losses.size)
+    shape_x, shape_y, wanted = x.shape, y.shape, y.requires_grad
+
+    def gradients(grad):
+        dx = backward(elements(grad), a, b, *constant)
+        return _unbroadcast(dx, shape_x), _unbroadcast(-dx, shape_y) if wanted else None
+
+    return record(out, (x, y), gradients)
 
 
 def mse_loss(input, target, reduction="mean"):
-    """(input - target)^2."""
-    return _reduce("mse_loss", _difference("mse_loss", input, target) ** 2, reduction)
+    """(input - target)^2.
+
+    Parameters
+    ----------
+    input : Tensor of any shape
+    target : Tensor or array of input's shape
+        May require a gradient. Other shapes broadcast, with a warning.
+    reduction : {"mean", "sum", "none"}
+        Of no elements the mean is NaN, as in torch.
+    """
+    return _regression("mse_loss", input, target, reduction, kernels.mse_forward, kernels.mse_backward)
 
 
 def l1_loss(input, target, reduction="mean"):
-    """|input - target|."""
-    return _reduce("l1_loss", _difference("l1_loss", input, target).abs(), reduction)
+    """|input - target|, the mean absolute error.  Arguments as `mse_loss`."""
+    return _regression("l1_loss", input, target, reduction, kernels.l1_forward, kernels.l1_backward)
 
 
 def smooth_l1_loss(input, target, reduction="mean", beta=1.0):
-    """With d = |input - target|: d^2 / (2 beta) below beta, d - beta / 2 from there on (Girshick 2015)."""
+    """With d = |input - target|: d^2 / (2 beta) below beta, d - beta / 2 from there on (Girshick 2015).
+
+    beta is at least 0; at 0 this is `l1_loss`. Other arguments as `mse_loss`.
+    """
+    checks.real("smooth_l1_loss", beta=beta)
     if not beta >= 0:
-        raise ValueError(f"smooth_l1_loss: beta is {beta}, it must be at least 0")
-    if beta == 0:
-        return l1_loss(input, target, reduction)
-    d = _difference("smooth_l1_loss", input, target).abs()
-    return _reduce("smooth_l1_loss", where(d.data < beta, d * d * (0.5 / beta), d - 0.5 * beta), reduction)
+        raise InputError(f"smooth_l1_loss: beta is {beta}, it must be at least 0")
+    forward, backward = kernels.smooth_l1_forward, kernels.smooth_l1_backward
+    return _regression("smooth_l1_loss", input, target, reduction, forward, backward, beta)
 
 
 def huber_loss(input, target, reduction="mean", delta=1.0):
-    """With d = |input - target|: d^2 / 2 up to delta, delta (d - delta / 2) beyond (Huber 1964)."""
+    """With d = |input - target|: d^2 / 2 up to delta, delta (d - delta / 2) beyond (Huber 1964).
+
+    delta is above 0. Other arguments as `mse_loss`.
+    """
+    checks.real("huber_loss", delta=delta)
     if not delta > 0:
-        raise ValueError(f"huber_loss: delta is {delta}, it must be above 0")
-    d = _difference("huber_loss", input, target).abs()
-    return _reduce("huber_loss", where(d.data <= delta, d * d * 0.5, (d - 0.5 * delta) * delta), reduction)
+        raise InputError(f"huber_loss: delta is {delta}, it must be above 0")
+    forward, backward = kernels.huber_forward, kernels.huber_backward
+    return _regression("huber_loss", input, target, reduction, forward, backward, delta)
 
 
 def binary_cross_entropy_with_logits(input, target, weight=None, reduction="mean", pos_weight=None):
-    """-(pos_weight target log(sigmoid(input)) + (1 - target) log(1 - sigmoid(input))) * weight.
+    """-weight (pos_weight target log(sigmoid(input)) + (1 - target) log(1 - sigmoid(input))).
 
-    weight and pos_weight are arrays that broadcast, or None for 1.
+    Parameters
+    ----------
+    input : Tensor of any shape
+        Logits, of any size: nothing overflows or cancels.
+    target : Tensor or array of input's shape
+        Probabilities that a class holds; a Tensor may require a gradient.
+    weight, pos_weight : array or Tensor, optional
+        Broadcast to input's shape; None is 1. As in torch they have no gradient.
+    reduction : {"mean", "sum", "none"}
+        The mean divides by the number of elements.
     """
+    function = "binary_cross_entropy_with_logits"
+    _check_reduction(function, reduction)
     x = as_tensor(input)
-    shape = target.shape if hasattr(target, "shape") else np.shape(target)
-    if shape != x.shape:
-        raise ValueError(f"binary_cross_entropy_with_logits: input is {x.shape}, target is {shape}")
-    # log(sigmoid(x)) = -softplus(-x), and log(1 - sigmoid(x)) = -x - softplus(-x)
-    positive = 1 if pos_weight is None else (pos_weight - 1) * target + 1
-    losses = x * (1 - target) + softplus(-x) * positive
-    if weight is not None:
-        losses = losses * weight
-    return _reduce("binary_cross_entropy_with_logits", losses, reduction)
+    y = target if isinstance(target, Tensor) else Tensor(np.asarray(target, x.dtype))
+    if y.shape != x.shape:
+        raise InputError(f"{function}: target is {y.shape}, it must be input's shape, {x.shape}")
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    a, b, wanted = x.data, y.data, y.requires_grad
+    weights = [
+        _constant(function, "weight", weight, x.dtype),
+        _constant(function, "pos_weight", pos_weight, x.dtype),
+    ]
+    with _input_errors():
+        losses = kernels.bce_with_logits_forward(a, b, *weights)
+    out, elements = _reduced(losses, losses.shape, reduction, losses.size)
+
+    def backward(grad):
+        dlosses = elements(grad)
+        dx = kernels.bce_with_logits_backward(dlosses, a, b, *weights)
+        if not wanted:
+            return dx, None
+        w, pos = (a.dtype.type(1) if array is None else array for array in weights)
+        zero = a.dtype.type(0)
+        return dx, dlosses * w * (pos * np.logaddexp(zero, -a) - np.logaddexp(zero, a))
+
+    return record(out, (x, y), backward)

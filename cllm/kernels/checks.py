@@ -73,7 +73,7 @@ def integers(function, name, array):
 def real(function, **values):
     """Raise unless each value is a real number."""
     for name, value in values.items():
-        if not isinstance(value, numbers.Real):
+        if value.__class__ is not float and not isinstance(value, numbers.Real):  # 0.05 instead of 0.4 us
             raise TypeError(f"{function}: {name} is {value!r}, it must be a number")
 
 

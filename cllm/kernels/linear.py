@@ -1,11 +1,11 @@
-"""Linear layers, matrix products and the GELU feed-forward block."""
+"""Linear layers, matrix products and the feed-forward block."""
 
 import numpy as np
 
 from cllm._core.pool import empty
 from cllm._kernels import gemm as _gemm
 from cllm.kernels import checks, threads
-from cllm.kernels.elementwise import gelu_backward, gelu_forward
+from cllm.kernels.elementwise import ACTIVATIONS, activate, activate_backward
 
 
 def check_linear(function, x, weight):
@@ -157,48 +157,62 @@ def matmul(a, b, out=None):
     return out
 
 
+# Feed-forward ----------------------------------------------------------------------------------------
 
-# GELU feed-forward -----------------------------------------------------------------------------------
 
-
-def _check_feed_forward_shapes(function, x, w1, w2):
-    if w1.ndim != 2 or w2.ndim != 2 or len(w1) != w2.shape[1] or x.shape[-1:] != w1.shape[1:]:
+def _check_feed_forward(function, activation, x, w1, w2):
+    if activation not in ACTIVATIONS:
+        allowed = ", ".join(ACTIVATIONS)
+        raise ValueError(f"{function}: activation is {activation!r}, it must be one of {allowed}")
+    factor = 2 if activation == "swiglu" else 1
+    fits = w1.ndim == 2 and w2.ndim == 2 and len(w1) == factor * w2.shape[1] and x.shape[-1:] == w1.shape[1:]
+    if not fits:
         raise ValueError(
             f"{function}: x is {x.shape}, w1 is {w1.shape}, w2 is {w2.shape}; "
-            "they must be (..., C), (F, C) and (O, F)"
+            f"they must be (..., C), ({'2 ' if factor == 2 else ''}F, C) and (O, F)"
         )
 
 
-def feed_forward_forward(x, w1, b1, w2, b2, approximate="tanh"):
-    """y = GELU(x w1^T + b1) w2^T + b2 (Vaswani et al. 2017, section 3.3, with GELU).
+def feed_forward_forward(x, w1, b1, w2, b2, activation="gelu_tanh"):
+    """y = activation(x w1^T + b1) w2^T + b2 (Vaswani et al. 2017, section 3.3).
 
     Parameters
     ----------
     x : (..., C) array
     w1 : (F, C) array
+        (2 F, C) for swiglu: the rows of the gates first, then the others.
     b1 : (F,) array or None
     w2 : (O, F) array
     b2 : (O,) array or None
-    approximate : {"tanh", "none"}
-        As `gelu_forward`.
+    activation : str
+        One of `ACTIVATIONS`.
 
     Returns
     -------
     y : (..., O) array
-    pre : (..., F) array
-        x w1^T + b1, which the backward pass needs; GELU's output is computed again there.
+    pre : (..., F) array, (..., 2 F) for swiglu
+        x w1^T + b1, which the backward pass needs; its activation is computed again there.
+
+    Raises
+    ------
+    ValueError
+        When shapes do not match or the activation is unknown.
+    TypeError
+        When dtypes are mixed or not float32 or float64.
     """
     function = "feed_forward_forward"
     x, w1, b1, w2, b2 = checks.floats(function, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-    _check_feed_forward_shapes(function, x, w1, w2)
+    _check_feed_forward(function, activation, x, w1, w2)
     for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{function}: {name} is {bias.shape}, it must be {weight.shape[:1]}")
     pre = linear_forward(x, w1, b1)
-    return linear_forward(gelu_forward(pre, approximate), w2, b2), pre
+    return linear_forward(activate(pre, activation), w2, b2), pre
 
 
-def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, out=None, accumulate=False):
+def feed_forward_backward(
+    dy, x, pre, w1, w2, *, activation="gelu_tanh", bias=True, out=None, accumulate=False
+):
     """Gradients of `feed_forward_forward`.
 
     Parameters
@@ -206,6 +220,8 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
     dy : (..., O) array
     x, pre, w1, w2
         As given to and returned by the forward pass.
+    activation : str
+        As in the forward pass.
     bias : bool
         Whether there are biases; without them db1 and db2 are None.
     out : tuple of five arrays, optional
@@ -217,10 +233,15 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
     -------
     dx : (..., C) array
     dw1, db1, dw2, db2 : arrays of the parameters' shapes
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `feed_forward_forward`.
     """
     function = "feed_forward_backward"
     inputs = dy, x, pre, w1, w2 = checks.floats(function, dy=dy, x=x, pre=pre, w1=w1, w2=w2)
-    _check_feed_forward_shapes(function, x, w1, w2)
+    _check_feed_forward(function, activation, x, w1, w2)
     for name, array, n in (("dy", dy, len(w2)), ("pre", pre, len(w1))):
         if array.shape != (*x.shape[:-1], n):
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {(*x.shape[:-1], n)}")
@@ -230,8 +251,9 @@ def feed_forward_backward(dy, x, pre, w1, w2, *, approximate="tanh", bias=True, 
     dx, dw1, db1, dw2, db2 = checks.results(function, out, names, shapes, x.dtype, inputs, added)
     if not bias:
         db1 = db2 = None
-    hidden, dhidden = gelu_forward(pre, approximate), empty(pre.shape, pre.dtype)
+    hidden = activate(pre, activation)
+    dhidden = empty(hidden.shape, hidden.dtype)
     _linear_gradients(dy, hidden, w2, dhidden, dw2, db2, accumulate)
-    dpre = gelu_backward(dhidden, pre, approximate, out=hidden)
+    dpre = activate_backward(dhidden, pre, hidden, activation)
     _linear_gradients(dpre, x, w1, dx, dw1, db1, accumulate)
     return dx, dw1, db1, dw2, db2

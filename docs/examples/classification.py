@@ -1,7 +1,8 @@
 """A classification task: which arm of a spiral a point belongs to.
 
 build() gets the run's configuration and the keys of [task] as arguments; it returns the model, the data and
-how to judge them. `cllm train` then does what it does for language models: schedule, clipping, records, checkpoints.
+how to judge them. `cllm train` then does what it does for language models: schedule, clipping, records,
+checkpoints.
 
     cllm train docs/examples/classification.toml
     cllm sweep docs/examples/classification_sweep.toml

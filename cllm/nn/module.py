@@ -1,26 +1,18 @@
-"""Modules: objects that hold parameters and compute with them.
+"""Module: an object that holds parameters and submodules as attributes and computes with them."""
 
-A module's parameters and submodules are its plain attributes, in the order in which they were set; names are
-dotted paths of attribute names. B = batch size, T = sequence length, C = channels.
-"""
-
-import math
 from contextlib import contextmanager
 
 import numpy as np
 
-from cllm import functional as F
 from cllm import rng
 from cllm.errors import InputError, nearest
 from cllm.tensor import Parameter
 
-__all__ = [
-    "Block", "Dropout", "Embedding", "FeedForward", "LayerNorm", "Linear", "Module", "ModuleList",
-    "MultiHeadAttention", "Parameter", "RMSNorm", "Sequential", "without_initial_values",
-]  # fmt: skip
-
 _ALIGNMENT = 64  # bytes, a cache line and the widest vector
 _GAP = 16  # each parameter starts at a multiple of this many elements: 64 bytes of float32
+
+# A module's own bookkeeping, which copies and pickles of it do without.
+_BOOKKEEPING = ("flat_data", "flat_grad", "_captures")
 
 _draws = True
 
@@ -36,7 +28,7 @@ def without_initial_values():
         _draws = before
 
 
-def _initial(shape, dtype, draw):
+def initial(shape, dtype, draw):
     """A Parameter filled by draw(generator, shape), or zeros without initial values."""
     if not _draws:
         return Parameter(np.zeros(shape, dtype))
@@ -49,9 +41,13 @@ class Module:
     training = True
     flat_data = None  # the block of all parameters and that of their gradients, after flatten()
     flat_grad = None
+    _captures = ()  # those of `cllm.capture` that are open on this module
 
     def __call__(self, *args, **kwargs):
-        return self.forward(*args, **kwargs)
+        output = self.forward(*args, **kwargs)
+        for capture in self._captures:
+            capture.output(self, output)
+        return output
 
     def forward(self, *args, **kwargs):
         raise NotImplementedError(f"{type(self).__name__} defines no forward()")
@@ -111,6 +107,22 @@ class Module:
         """Let every parameter's `grad` be None."""
         for parameter in self.parameters():
             parameter.grad = None
+
+    # Looking inside ----------------------------------------------------------------------------------
+
+    def observe(self, name, value):
+        """Offer a Tensor or array of this forward pass to `cllm.capture`, as this module's `name`.
+
+        It costs nothing unless somebody captures. What is expensive to have is computed only when
+        ``self.observed(name)`` says so.
+        """
+        for capture in self._captures:
+            capture.offer(self, name, value)
+
+    def observed(self, name=None):
+        """Whether somebody captures what this module offers under `name`; None means its output."""
+        wanted = [capture.wants(self, name) for capture in self._captures]  # each takes note of the name
+        return any(wanted)
 
     # State -------------------------------------------------------------------------------------------
 
@@ -191,9 +203,7 @@ class Module:
         return self
 
     def __getstate__(self):
-        attributes = {
-            name: value for name, value in vars(self).items() if name not in ("flat_data", "flat_grad")
-        }
+        attributes = {name: value for name, value in vars(self).items() if name not in _BOOKKEEPING}
         return attributes, self.flat_data is not None
 
     def __setstate__(self, state):
@@ -228,177 +238,3 @@ def _aligned(n, dtype):
     raw = np.zeros(n + _ALIGNMENT // dtype.itemsize, dtype)
     start = -raw.ctypes.data % _ALIGNMENT // dtype.itemsize
     return raw[start : start + n]
-
-
-# Layers ----------------------------------------------------------------------------------------------
-
-
-class Linear(Module):
-    """y = x weight^T + bias.
-
-    Starts uniform in +-1/sqrt(in_features), as torch does; inside a GPT as GPT-2 does.
-    """
-
-    def __init__(self, in_features, out_features, bias=True, dtype=np.float32):
-        super().__init__()
-        bound = 1 / math.sqrt(in_features) if in_features else 0.0
-
-        def draw(generator, shape):
-            return generator.uniform(-bound, bound, shape)
-
-        self.weight = _initial((out_features, in_features), dtype, draw)
-        self.bias = _initial((out_features,), dtype, draw) if bias else None
-
-    def forward(self, x):
-        """(..., in_features) -> (..., out_features)"""
-        return F.linear(x, self.weight, self.bias)
-
-
-class Embedding(Module):
-    """A table of rows. Starts normal with deviation 1, as torch does; inside a GPT as GPT-2 does."""
-
-    def __init__(self, num_embeddings, embedding_dim, dtype=np.float32):
-        super().__init__()
-        self.weight = _initial(
-            (num_embeddings, embedding_dim), dtype, lambda generator, shape: generator.standard_normal(shape)
-        )
-
-    def forward(self, tokens):
-        """Integer array (...) -> (..., embedding_dim)"""
-        return F.embedding(tokens, self.weight)
-
-
-class LayerNorm(Module):
-    """Layer norm over the last dimensions, normalized_shape: an int or a tuple."""
-
-    def __init__(self, normalized_shape, eps=1e-5, bias=True, dtype=np.float32):
-        super().__init__()
-        self.normalized_shape, self.eps = normalized_shape, eps
-        self.weight = Parameter(np.ones(normalized_shape, dtype))
-        self.bias = Parameter(np.zeros(normalized_shape, dtype)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-class RMSNorm(Module):
-    """Root mean square norm over the last dimensions; eps None is the dtype's machine epsilon."""
-
-    def __init__(self, normalized_shape, eps=None, dtype=np.float32):
-        super().__init__()
-        self.normalized_shape, self.eps = normalized_shape, eps
-        self.weight = Parameter(np.ones(normalized_shape, dtype))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-
-
-class Dropout(Module):
-    """In training, each element becomes 0 with probability p and the others are divided by 1 - p."""
-
-    def __init__(self, p=0.5):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        return F.dropout(x, self.p, self.training)
-
-    def _describe(self):
-        return f"p={self.p}"
-
-
-class ModuleList(Module):
-    """A list of modules, named 0, 1, ..."""
-
-    def __init__(self, modules=()):
-        super().__init__()
-        for module in modules:
-            self.append(module)
-
-    def append(self, module):
-        """Add a module at the end; returns self."""
-        setattr(self, str(len(self)), module)
-        return self
-
-    def __len__(self):
-        return sum(name.isdigit() for name in vars(self))
-
-    def __iter__(self):
-        return (module for name, module in vars(self).items() if name.isdigit())
-
-    def __getitem__(self, index):
-        return list(self)[index]
-
-
-class Sequential(ModuleList):
-    """Modules that run one after another, named 0, 1, ..."""
-
-    def __init__(self, *modules):
-        super().__init__(modules)
-
-    def forward(self, x):
-        for module in self:
-            x = module(x)
-        return x
-
-
-# A GPT's parts ---------------------------------------------------------------------------------------
-
-
-class MultiHeadAttention(Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017), fused.
-
-    config : has n_embd, n_head, bias and dropout.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C)"""
-        p = self.dropout if self.training else 0.0
-        y = self.c_proj(F.causal_self_attention(self.c_attn(x), self.n_head, p))
-        return F.dropout(y, p) if p else y
-
-
-class FeedForward(Module):
-    """Linear, GELU, linear: one fused operation.
-
-    config : has n_embd, d_ff (None: 4 n_embd), activation ("gelu" or "gelu_tanh"), bias and dropout.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        d_ff = config.d_ff or 4 * config.n_embd
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, d_ff, bias=config.bias)
-        self.c_proj = Linear(d_ff, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C)"""
-        fc, proj = self.c_fc, self.c_proj
-        y = F.feed_forward(x, fc.weight, fc.bias, proj.weight, proj.bias, self.approximate)
-        return F.dropout(y, self.dropout) if self.dropout and self.training else y
-
-
-class Block(Module):
-    """A pre-norm transformer block (Radford et al. 2019): x + attention(norm(x)), x + feed_forward(norm(x)).
-
-    attention : a class built as attention(config), whose forward takes (B, T, C) to (B, T, C).
-    """
-
-    def __init__(self, config, attention=MultiHeadAttention):
-        super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = attention(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = FeedForward(config)
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C)"""
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))

@@ -1,0 +1,188 @@
+"""A run whose whole loop is the user's own: [task] run = "my.py:train".
+
+The function is called as ``train(config, run, **arguments)``. What it cannot know, `LoopRun` gives it: the
+run's directory, records that are shown and cut back on resuming, checkpoints, Ctrl-C.
+"""
+
+import json
+from time import perf_counter
+
+import numpy as np
+
+from cllm import checkpoint as checkpoints
+from cllm import task as tasks
+from cllm.errors import InputError
+from cllm.lifecycle import Lifecycle
+from cllm.records import plain
+
+__all__ = ["LoopRun", "OwnLoop"]
+
+
+class LoopRun:
+    """What a user's own loop is given.
+
+    Attributes
+    ----------
+    dir : Path
+        The run's directory; files of the user's own may go there.
+    seed : int
+        train.seed.
+    """
+
+    def __init__(self, loop, interrupt):
+        self._loop = loop
+        self._interrupt = interrupt
+        self._logged = -1
+        self.dir = loop.run_dir
+        self.seed = loop.config.train.seed
+
+    @property
+    def stop(self):
+        """True after Ctrl-C: save and return. A second Ctrl-C interrupts at once."""
+        return self._interrupt.is_set()
+
+    def log(self, step, split, **values):
+        """Write a record, and show it.
+
+        Parameters
+        ----------
+        step : int
+            Updates done, from 0; never less than in the record before.
+        split : str
+            "train", or the name of what was evaluated.
+        **values
+            Numbers by name. "loss" of "val", or else of the first other split, says which checkpoint is
+            the best.
+        """
+        step = _step(step)
+        if step < self._logged:
+            raise InputError(f"run.log: step is {step} after {self._logged}, steps must not go back")
+        for name in ("step", "split"):
+            if name in values:
+                raise InputError(f"run.log: {name} is given twice")
+        if not isinstance(split, str) or not split or "." in split:
+            raise InputError(f"run.log: split is {split!r}, it must be a word without a dot")
+        for name, value in values.items():
+            if np.asarray(value).dtype.kind not in "biuf" or np.ndim(value):
+                raise InputError(f"run.log: {name} is a {type(value).__name__}, it must be one number")
+        self._start_records(-1)
+        self._logged = step
+        # Here NaN becomes None, and NumPy's numbers Python's: a checkpoint's JSON has no others.
+        loop, record = self._loop, {"step": step, "split": split, **plain(values)}
+        loop.step = max(loop.step, step)
+        follows = split != loop.followed if split == "val" else split != "train" and loop.followed is None
+        if follows and "loss" in values:
+            loop.followed, loop.best = split, None
+        loop._note(record, loop.followed)
+        loop.recorder.write(record)
+        if split == "train":
+            loop.shown.step(record)
+        else:
+            loop.shown.evaluation(record)
+
+    def save(self, step, arrays, state=None):
+        """Write a checkpoint; all but the newest two and the best are deleted.
+
+        Parameters
+        ----------
+        step : int
+            Updates done.
+        arrays : dict of str to ndarray
+            Such as model.state_dict() and an optimizer's arrays, under names of your own.
+        state : dict, optional
+            JSON values.
+        """
+        step, loop = _step(step), self._loop
+        for name, array in dict(arrays).items():
+            if not isinstance(name, str) or np.asarray(array).dtype.kind not in "biuf":
+                kind = type(array).__name__
+                raise InputError(f"run.save: {name!r} is a {kind}, it must be an array of numbers")
+        try:
+            json.dumps(state, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"run.save: state must be of JSON values: {error}") from None
+        loop.step = max(loop.step, step)
+        loop.seconds = perf_counter() - loop.began
+        whole = {
+            "state": state,
+            "train_loss": loop.train_loss,
+            "losses": loop.losses,
+            "followed": loop.followed,
+            "best": loop.best,
+            "seconds": loop.seconds,
+            "files": loop.files,
+        }
+        loop.recorder.sync()  # no crash may leave a checkpoint newer than the records
+        checkpoints.save(loop.run_dir, step, dict(arrays), {}, whole)
+        checkpoints.prune(loop.run_dir)
+
+    def restore(self):
+        """What a resumed run goes on from: (step, arrays, state) of the newest checkpoint; None without one.
+
+        Call it before anything is logged: records after that step are dropped.
+        """
+        loaded = self._loop.loaded
+        if self._logged >= 0:
+            raise InputError("run.restore: something was logged before, restore first")
+        if loaded is None:
+            return None
+        self._start_records(loaded[2]["step"])
+        return loaded[2]["step"], loaded[0], loaded[2]["state"]
+
+    def _start_records(self, step):
+        """Before the first record: drop those of an earlier process after `step`."""
+        if self._logged < 0 and not self._loop.cut:
+            self._loop.recorder.truncate(step)
+            self._loop.cut = True
+
+
+class OwnLoop(Lifecycle):
+    """A run of [task] run; it has no model, data or optimizer of CLLM's own.
+
+    Parameters
+    ----------
+    config, progress, name
+        As of `train.Trainer`.
+    """
+
+    unit = "steps"
+
+    def __init__(self, config, progress=None, name="run"):
+        super().__init__(config, progress, name)
+        self.loaded = None  # the checkpoint to go on from
+        self.followed = None  # the split whose loss says which checkpoint is the best
+        self.cut = False  # whether the records of an earlier process were dropped
+
+    def _build(self):
+        super()._build()
+        self.function = tasks.function("run", self.config.task.run)
+
+    def _restore(self, loaded):
+        self.loaded = loaded
+        state = loaded[2]
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.train_loss, self.losses, self.followed = state["train_loss"], state["losses"], state["followed"]
+
+    def _train(self, interrupt):
+        run = LoopRun(self, interrupt)
+        self.function(self.config, run, **self.config.task.arguments)
+        if run.stop:
+            raise KeyboardInterrupt
+
+    def _results(self):
+        split = self.followed or "val"
+        return {"train_loss": self.train_loss, f"{split}_loss": self.losses.get(split), "best": self.best}
+
+    @property
+    def description(self):
+        return f"{self.config.task.run}, {self.config.train.max_steps} steps"
+
+    @property
+    def next_command(self):
+        return f"cllm plot {self.run_dir}"
+
+
+def _step(step):
+    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
+        raise InputError(f"step is {step!r}, it must be an integer of at least 0")
+    return int(step)

@@ -1,0 +1,118 @@
+"""Layers with torch.nn's names, arguments and initial values."""
+
+import math
+
+import numpy as np
+
+from cllm import functional as F
+from cllm.nn.module import Module, initial
+from cllm.tensor import Parameter
+
+
+class Linear(Module):
+    """y = x weight^T + bias.
+
+    Starts uniform in +-1/sqrt(in_features), as torch does; inside a GPT as GPT-2 does.
+    """
+
+    def __init__(self, in_features, out_features, bias=True, dtype=np.float32):
+        super().__init__()
+        bound = 1 / math.sqrt(in_features) if in_features else 0.0
+
+        def draw(generator, shape):
+            return generator.uniform(-bound, bound, shape)
+
+        self.weight = initial((out_features, in_features), dtype, draw)
+        self.bias = initial((out_features,), dtype, draw) if bias else None
+
+    def forward(self, x):
+        """(..., in_features) -> (..., out_features)"""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """A table of rows. Starts normal with deviation 1, as torch does; inside a GPT as GPT-2 does."""
+
+    def __init__(self, num_embeddings, embedding_dim, dtype=np.float32):
+        super().__init__()
+        self.weight = initial(
+            (num_embeddings, embedding_dim), dtype, lambda generator, shape: generator.standard_normal(shape)
+        )
+
+    def forward(self, tokens):
+        """Integer array (...) -> (..., embedding_dim)"""
+        return F.embedding(tokens, self.weight)
+
+
+class LayerNorm(Module):
+    """Layer norm over the last dimensions, normalized_shape: an int or a tuple."""
+
+    def __init__(self, normalized_shape, eps=1e-5, bias=True, dtype=np.float32):
+        super().__init__()
+        self.normalized_shape, self.eps = normalized_shape, eps
+        self.weight = Parameter(np.ones(normalized_shape, dtype))
+        self.bias = Parameter(np.zeros(normalized_shape, dtype)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Module):
+    """Root mean square norm over the last dimensions; eps None is the dtype's machine epsilon."""
+
+    def __init__(self, normalized_shape, eps=None, dtype=np.float32):
+        super().__init__()
+        self.normalized_shape, self.eps = normalized_shape, eps
+        self.weight = Parameter(np.ones(normalized_shape, dtype))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class Dropout(Module):
+    """In training, each element becomes 0 with probability p and the others are divided by 1 - p."""
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return F.dropout(x, self.p, self.training)
+
+    def _describe(self):
+        return f"p={self.p}"
+
+
+class ModuleList(Module):
+    """A list of modules, named 0, 1, ..."""
+
+    def __init__(self, modules=()):
+        super().__init__()
+        for module in modules:
+            self.append(module)
+
+    def append(self, module):
+        """Add a module at the end; returns self."""
+        setattr(self, str(len(self)), module)
+        return self
+
+    def __len__(self):
+        return sum(name.isdigit() for name in vars(self))
+
+    def __iter__(self):
+        return (module for name, module in vars(self).items() if name.isdigit())
+
+    def __getitem__(self, index):
+        return list(self)[index]
+
+
+class Sequential(ModuleList):
+    """Modules that run one after another, named 0, 1, ..."""
+
+    def __init__(self, *modules):
+        super().__init__(modules)
+
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x

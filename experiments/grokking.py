@@ -1,0 +1,58 @@
+"""Modular addition, a + b mod p: a model first learns the pairs that it sees by heart, and much later the rule.
+
+Question (Power et al. 2022): how many steps after "seen" accuracy reaches 1 does that of unseen pairs follow?
+    cllm train experiments/grokking.toml
+    cllm sweep experiments/grokking_sweep.toml
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+import cllm
+from cllm.data import Examples
+
+
+def build(config, p=53, train_share=0.5):
+    """The task: each example is the tokens a, b, "=" and the target (a + b) mod p after the last of them."""
+    if p < 2:
+        raise cllm.InputError(f"task.p is {p}, it must be at least 2")
+    if not 0 < train_share < 1:
+        raise cllm.InputError(f"task.train_share is {train_share:g}, it must lie between 0 and 1")
+    a, b = (part.ravel() for part in np.divmod(np.arange(p * p), p))
+    inputs = np.stack([a, b, np.full(p * p, p)], axis=1)
+    targets = np.zeros((p * p, 3), np.int64)
+    targets[:, -1] = (a + b) % p
+    mask = np.zeros(targets.shape, bool)
+    mask[:, -1] = True
+
+    order = np.random.default_rng(config.train.seed).permutation(p * p)
+    seen, unseen = np.split(order, [round(train_share * p * p)])
+    if not len(seen) or not len(unseen):
+        raise cllm.InputError(f"task.train_share is {train_share:g}, which leaves one side of the split empty")
+    everything = Examples(inputs, targets, mask)
+    return cllm.Task(
+        model=cllm.GPT(replace(config.model, vocab_size=p + 1, block_size=3), seed=config.train.seed),
+        train=Picked(everything, seen),
+        evals={"val": Picked(everything, unseen), "seen": Picked(everything, seen)},
+        metrics={"accuracy": accuracy},
+    )
+
+
+class Picked:
+    """Some examples of a dataset."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, indices):
+        return self.dataset[self.indices[indices]]
+
+
+def accuracy(outputs, batch):
+    """How many of the targets that count are the likeliest token, and how many count."""
+    right = outputs.data.argmax(-1) == batch.targets
+    return right[batch.mask].sum(), batch.mask.sum()

@@ -1,0 +1,445 @@
+"""Losses of cllm.functional: gradients, parity with torch, masks, counts and splits, errors."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import assert_refuses, error, values
+
+import cllm
+from cllm import Tensor
+from cllm import functional as F
+from cllm.errors import InputError
+from cllm.tensor import Parameter
+
+TOKENS = np.array([[0, 3, 3], [1, 4, 0]])
+TARGETS = np.array([2, 0, -100, 4, 1])
+MASK = np.array([True, True, True, False, True])
+WEIGHT = np.array([0.5, 1.0, 2.0, 0.1, 1.5])
+ALL = {"label_smoothing": 0.2, "z_loss": 0.1, "weight": WEIGHT}
+DTYPES = [np.float32, np.float64]
+
+
+def inputs_of(*shapes):
+    return [Tensor(values(*shape, seed=i), requires_grad=True) for i, shape in enumerate(shapes)]
+
+
+def linear_options(**options):
+    if "weight" in options:
+        options["class_weight"] = options.pop("weight")
+    return options
+
+
+GRADIENTS = {
+    "classes": (lambda x: F.cross_entropy(x, TARGETS, mask=MASK, **ALL), [(5, 5)]),
+    "classes sum": (lambda x: F.cross_entropy(x, TARGETS, reduction="sum", z_loss=0.5), [(5, 5)]),
+    "classes none": (lambda x: F.cross_entropy(x, TARGETS, reduction="none", **ALL), [(5, 5)]),
+    "classes of images": (lambda x: F.cross_entropy(x, TOKENS, mask=TOKENS > 0, **ALL), [(2, 5, 3)]),
+    "one class": (lambda x: F.cross_entropy(x, [0, 0, 0], z_loss=0.1), [(3, 1)]),
+    "one row": (lambda x: F.cross_entropy(x, np.array(3), **ALL), [(5,)]),
+    "probabilities": (F.cross_entropy, [(4, 5), (4, 5)]),
+    "probabilities all": (lambda x, q: F.cross_entropy(x, q, mask=MASK[:4], **ALL), [(4, 5), (4, 5)]),
+    "probabilities sum": (lambda x, q: F.cross_entropy(x, q, reduction="sum", **ALL), [(4, 5), (4, 5)]),
+    "probabilities of images": (
+        lambda x, q: F.cross_entropy(x, q, reduction="none", mask=TOKENS > 0, **ALL),
+        [(2, 5, 3), (2, 5, 3)],
+    ),
+    "probabilities of one row": (lambda x, q: F.cross_entropy(x, q, **ALL), [(5,), (5,)]),
+    "linear": (
+        lambda x, w: F.linear_cross_entropy(x, w, TOKENS, mask=TOKENS != 3, **linear_options(**ALL)),
+        [(2, 3, 4), (5, 4)],
+    ),
+    "linear none": (
+        lambda x, w: F.linear_cross_entropy(x, w, TARGETS, reduction="none", **linear_options(**ALL)),
+        [(5, 4), (5, 4)],
+    ),
+    "mse": (F.mse_loss, [(3, 4), (3, 4)]),
+    "l1": (lambda x, y: F.l1_loss(x, y, "sum"), [(3, 4), (3, 4)]),
+    "smooth l1": (lambda x, y: F.smooth_l1_loss(x, y, "none", beta=0.7), [(3, 4), (3, 4)]),
+    "huber": (lambda x, y: F.huber_loss(x, y, delta=0.7), [(3, 4), (3, 4)]),
+    "binary": (
+        lambda x, y: F.binary_cross_entropy_with_logits(x, y, WEIGHT[:4], pos_weight=WEIGHT[1:]),
+        [(3, 4), (3, 4)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_finite_differences(name):
+    call, shapes = GRADIENTS[name]
+    assert cllm.gradcheck(call, inputs_of(*shapes))
+
+
+# Against torch ---------------------------------------------------------------------------------------
+
+
+def torch_pair(dtype, *arrays):
+    """The arrays as Tensors of ours and of torch's, all of which require gradients."""
+    torch = pytest.importorskip("torch")
+    arrays = [array.astype(dtype) for array in arrays]
+    return (
+        [Tensor(array, requires_grad=True) for array in arrays],
+        [torch.tensor(array, requires_grad=True) for array in arrays],
+    )
+
+
+def assert_same(y, z, ours, theirs, dtype):
+    """Value, shape and gradients."""
+    torch = pytest.importorskip("torch")
+    limit = 2e-5 if dtype == np.float32 else 1e-12
+    assert tuple(y.shape) == tuple(z.shape)
+    assert y.dtype == dtype
+    dy = values(*y.shape, seed=9, dtype=dtype)
+    y.backward(dy)
+    z.backward(torch.tensor(dy))
+    assert error(y.data, z.detach().numpy()) < limit
+    for x, t in zip(ours, theirs):
+        assert x.grad.dtype == dtype
+        assert error(x.grad, t.grad.numpy()) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (5,), (2, 5, 3, 2)])
+def test_cross_entropy_is_torchs(shape, weight, label_smoothing, reduction, dtype):
+    torch = pytest.importorskip("torch")
+    rows = shape[:-1] if len(shape) < 3 else (shape[0], *shape[2:])
+    target = np.random.default_rng(1).integers(0, 5, rows)
+    if target.ndim:
+        target.reshape(-1)[1] = 7
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    w = None if weight is None else torch.tensor(weight.astype(dtype))
+    ours, theirs = torch_pair(dtype, values(*shape))
+    y = F.cross_entropy(ours[0], target, weight=weight, ignore_index=7, **options)
+    z = torch.nn.functional.cross_entropy(
+        theirs[0], torch.tensor(target), weight=w, ignore_index=7, **options
+    )
+    assert_same(y, z, ours, theirs, dtype)
+    q = np.abs(values(*shape, seed=2))  # probabilities need not add up to 1
+    ours, theirs = torch_pair(dtype, values(*shape), q)
+    y = F.cross_entropy(*ours, weight=weight, **options)
+    z = torch.nn.functional.cross_entropy(*theirs, weight=w, **options)
+    assert_same(y, z, ours, theirs, dtype)
+    array = F.cross_entropy(ours[0], q.astype(dtype), weight=weight, **options)
+    assert array.data.tobytes() == y.data.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shapes", [[(3, 4), (3, 4)], [(3, 4), (4,)], [(3, 1), (2, 1, 4)], [(0, 4), (0, 4)]])
+@pytest.mark.parametrize("name, more", [
+    ("mse_loss", {}), ("l1_loss", {}), ("smooth_l1_loss", {"beta": 0.5}), ("smooth_l1_loss", {"beta": 0.0}),
+    ("huber_loss", {"delta": 0.5}), ("binary_cross_entropy_with_logits", {}),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*broadcast", "ignore:.*target size")
+def test_elementwise_losses_are_torchs(name, more, shapes, reduction, dtype):
+    torch = pytest.importorskip("torch")
+    if name.startswith("binary"):
+        shapes = [shapes[0]] * 2
+    ours, theirs = torch_pair(dtype, *[values(*shape, seed=i) for i, shape in enumerate(shapes)])
+    y = getattr(F, name)(*ours, reduction=reduction, **more)
+    z = getattr(torch.nn.functional, name)(*theirs, reduction=reduction, **more)
+    if y.shape == () and 0 in shapes[0]:
+        assert np.isnan(y.item()) == np.isnan(z.item()) == (reduction == "mean")
+    else:
+        assert_same(y, z, ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", [((3, 4), (3, 4)), ((4,), (3, 1)), ((), (1, 4))])
+def test_binary_cross_entropy_takes_torchs_weights(shapes, dtype):
+    torch = pytest.importorskip("torch")
+    weights = [np.abs(values(*shape, seed=5 + i)).astype(dtype) for i, shape in enumerate(shapes)]
+    ours, theirs = torch_pair(dtype, values(3, 4, seed=1), values(3, 4, seed=2))
+    y = F.binary_cross_entropy_with_logits(*ours, weights[0], pos_weight=Tensor(weights[1]))
+    tensors = [torch.tensor(weight) for weight in weights]
+    z = torch.nn.functional.binary_cross_entropy_with_logits(*theirs, tensors[0], pos_weight=tensors[1])
+    assert_same(y, z, ours, theirs, dtype)
+
+
+def test_targets_of_other_kinds():
+    """Numbers, integers and mixed float types are what torch makes of them: the wider type."""
+    x = Tensor(np.float32([1, 2, 4]), requires_grad=True)
+    assert F.mse_loss(x, np.float64([0, 0, 1])).dtype == np.float64
+    assert F.mse_loss(x, Tensor(np.float64([0, 0, 1]))).dtype == np.float64
+    for target in (np.array([0, 0, 1]), [0, 0, 1], np.array([False, False, True])):
+        loss = F.mse_loss(x, target)
+        assert loss.dtype == np.float32
+        assert abs(loss.item() - 14 / 3) < 1e-6
+    with pytest.warns(UserWarning, match=r"mse_loss: input is \(3,\) and target is \(\); they b") as seen:
+        assert abs(F.mse_loss(x, 1).item() - 10 / 3) < 1e-6
+    assert seen[0].filename == __file__
+    frozen, target = Tensor(np.zeros(3)), Tensor(np.ones(3), requires_grad=True)
+    F.huber_loss(frozen, target).backward()
+    assert error(target.grad, np.full(3, 1 / 3)) < 1e-15
+
+
+# What counts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_when_nothing_counts_the_mean_is_0_with_zero_gradients(smoothing, dtype, recwarn):
+    none = np.zeros(3, bool)
+    no_weight = np.array([0, 0, 1, 0.5])
+    cases = [
+        (np.full(3, -100), {}),
+        (np.array([1, 0, 3]), {"mask": none}),
+        (np.array([1, 0, 1]), {"weight": no_weight}),
+        (np.array([1, 3, 1]), {"weight": no_weight, "mask": np.array([True, False, True])}),
+        (np.zeros((0,), int), {}),
+    ]
+    for target, options in cases:
+        options = {"label_smoothing": smoothing, "z_loss": 0.1, **options}
+        assert F.cross_entropy_count(target, options.get("weight"), mask=options.get("mask")) == 0
+        for logits in (values(len(target), 4, dtype=dtype), np.full((len(target), 4), np.nan, dtype)):
+            x = Tensor(logits, requires_grad=True)
+            loss = F.cross_entropy(x, target, **options)
+            loss.backward()
+            assert loss.item() == 0
+            assert x.grad.shape == x.shape
+            assert not x.grad.any()
+        x = Tensor(values(len(target), 3, dtype=dtype), requires_grad=True)
+        w = Parameter(values(4, 3, dtype=dtype, seed=1))
+        loss = F.linear_cross_entropy(x, w, target, **linear_options(**options))
+        loss.backward()
+        assert loss.item() == 0
+        assert x.grad.shape == x.shape
+        assert not x.grad.any()
+        assert not w.grad.any()
+    x = Tensor(np.full((3, 4), np.nan, dtype), requires_grad=True)
+    loss = F.cross_entropy(x, np.full((3, 4), 0.25), mask=none)
+    loss.backward()
+    assert loss.item() == 0
+    assert not x.grad.any()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_comes_from_a_masked_row(reduction, dtype):
+    """The same bits whatever the logits and targets of masked rows are; targets may be out of range there."""
+    mask = np.array([[True, False, True], [False, True, True]])
+    options = {"reduction": reduction, "mask": mask, **ALL}
+    logits, q = values(2, 5, 3, dtype=dtype), np.abs(values(2, 5, 3, dtype=dtype, seed=1))
+    spoilt, spoilt_q = logits.copy(), q.copy()
+    spoilt.transpose(0, 2, 1)[~mask] = np.nan
+    spoilt_q.transpose(0, 2, 1)[~mask] = np.inf
+    results = []
+    for z, probabilities, target in ((logits, q, TOKENS), (spoilt, spoilt_q, np.where(mask, TOKENS, 99))):
+        x, y, p = (Tensor(array, requires_grad=True) for array in (z, z, probabilities))
+        hard, soft = F.cross_entropy(x, target, **options), F.cross_entropy(y, p, **options)
+        hard.backward(np.ones_like(hard.data))
+        soft.backward(np.ones_like(soft.data))
+        results.append((hard.data, x.grad, soft.data, y.grad, p.grad))
+        if reduction == "none":
+            assert not hard.data[~mask].any()
+            assert not soft.data[~mask].any()
+    for before, after in zip(*results):
+        assert np.isfinite(after).all()
+        assert before.tobytes() == after.tobytes()
+    x = values(2, 3, 4, dtype=dtype)
+    w = Tensor(values(5, 4, dtype=dtype, seed=1))
+    plain = F.linear_cross_entropy(Tensor(x), w, TOKENS, **linear_options(**options))
+    x[~mask] = np.nan
+    spoilt = F.linear_cross_entropy(Tensor(x), w, np.where(mask, TOKENS, -7), **linear_options(**options))
+    assert spoilt.data.tobytes() == plain.data.tobytes()
+
+
+def test_a_mask_is_an_ignore_index():
+    x = values(5, 5)
+    for ignore_index in (-100, 3, 0):
+        masked = F.cross_entropy(Tensor(x), TARGETS, ignore_index=-100, mask=MASK, **ALL)
+        target = np.where((TARGETS == -100) | ~MASK, -100, TARGETS)
+        assert masked.item() == F.cross_entropy(Tensor(x), target, **ALL).item()
+        target = np.where(target == ignore_index, -100, target)
+        ignored = F.cross_entropy(Tensor(x), TARGETS % 5, ignore_index=ignore_index, mask=target >= 0, **ALL)
+        assert ignored.item() == F.cross_entropy(Tensor(x), target, **ALL).item()
+    small = np.array([0, 1, 2, 3, 4], np.uint8)  # an integer type that does not hold the ignore_index
+    assert F.cross_entropy(Tensor(x), small, mask=MASK).item() == F.cross_entropy(
+        Tensor(x), np.where(MASK, small.astype(int), -100)
+    ).item()
+
+
+def test_counts():
+    assert F.cross_entropy_count(TARGETS) == 4
+    assert F.cross_entropy_count(TARGETS, mask=MASK) == 3
+    assert F.cross_entropy_count(TARGETS, ignore_index=4, mask=TARGETS >= 0) == 3
+    assert abs(F.cross_entropy_count(TARGETS, WEIGHT) - 5) < 1e-15
+    assert abs(F.cross_entropy_count(TARGETS, Tensor(WEIGHT), mask=MASK) - 3.5) < 1e-15
+    assert F.cross_entropy_count(np.array(3)) == 1
+    assert F.cross_entropy_count(np.ones((2, 5, 3)), WEIGHT) == 6
+    assert F.cross_entropy_count(Tensor(np.ones((2, 5, 3))), mask=TOKENS == 3) == 2
+    assert F.cross_entropy_count(np.ones(5)) == 1
+    assert F.cross_entropy_count(np.ones((0, 5))) == 0
+    assert isinstance(F.cross_entropy_count(TARGETS), float)
+    assert isinstance(F.cross_entropy_count(TARGETS, WEIGHT), float)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_split_of_a_batch_gives_its_loss_and_gradients(data):
+    """Sums of parts over the count of the whole: of classes, of probabilities and of an output layer."""
+    n, V = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 9))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    ignore_index = data.draw(st.sampled_from([-100, 0]))
+    target = np.where(rng.random(n) < 0.2, ignore_index, rng.integers(0, V, n))
+    mask = data.draw(st.sampled_from([None, rng.random(n) < 0.6]))
+    weight = data.draw(st.sampled_from([None, rng.uniform(0, 2, V), np.arange(V) % 2]))
+    options = {"label_smoothing": data.draw(st.sampled_from([0.0, 0.1])), "weight": weight}
+    options["z_loss"] = data.draw(st.sampled_from([0.0, 1e-2]))
+    cuts = np.sort(rng.integers(0, n + 1, data.draw(st.integers(0, 5))))
+    parts = np.split(rng.permutation(n), cuts)  # some may be empty
+    logits, q = (2 * rng.standard_normal((n, V))).astype(dtype), rng.random((n, V)).astype(dtype)
+    x, w = rng.standard_normal((n, 3)).astype(dtype), rng.standard_normal((V, 3)).astype(dtype)
+    hard = {"ignore_index": ignore_index}
+
+    def run(rows, reduction, count, table):
+        """The losses of these rows over count, and the gradients of what belongs to the rows."""
+        part = {"mask": None if mask is None else mask[rows], "reduction": reduction}
+        inputs = [Tensor(array[rows], requires_grad=True) for array in (logits, logits, x)]
+        losses = [
+            F.cross_entropy(inputs[0], target[rows], **part, **hard, **options) * (1 / count[0]),
+            F.cross_entropy(inputs[1], q[rows], **part, **options) * (1 / count[1]),
+            F.linear_cross_entropy(
+                inputs[2], table, target[rows], **part, **hard, **linear_options(**options)
+            ) * (1 / count[0]),
+        ]  # fmt: skip
+        for loss in losses:
+            loss.backward()
+        return [loss.item() for loss in losses], [tensor.grad for tensor in inputs]
+
+    counts = [
+        F.cross_entropy_count(target, weight, ignore_index, mask), F.cross_entropy_count(q, weight, mask=mask)
+    ]  # fmt: skip
+    wholes, tables = np.zeros((2, 3)), [Parameter(w), Parameter(w.copy())]
+    wholes[0], gradients = run(slice(None), "mean", [1, 1], tables[0])
+    if 0 in counts:  # nothing to divide by; the mean is 0
+        assert not any(np.any(g) for g, count in zip(gradients, (*counts, counts[0])) if count == 0)
+        return
+    for rows in parts:
+        losses, found = run(rows, "sum", counts, tables[1])
+        wholes[1] += losses
+        for gradient, part in zip(gradients, found):
+            gradient[rows] -= part
+    limit = 1e-5 if dtype == np.float32 else 1e-12
+    assert np.abs(wholes[0] - wholes[1]).max() < limit * max(np.abs(wholes[0]).max(), 1)
+    for gradient in gradients:
+        assert np.abs(gradient).max(initial=0) < limit
+    assert np.abs(tables[0].grad - tables[1].grad).max() < limit
+
+
+def test_losses_are_summed_in_double():
+    """1e8 and 20000 ones: in float32, which steps by 8 there, most of the ones would be lost."""
+    x = np.ones(20_001, np.float32)
+    x[0] = 1e8
+    assert F.l1_loss(Tensor(x), np.zeros_like(x), "sum").item() == np.float32(1e8 + 20_000)
+    logits = np.zeros((20_001, 2), np.float32)
+    logits[0, 1] = 1e8
+    loss = F.cross_entropy(Tensor(logits), np.zeros(20_001, int), reduction="sum").item()
+    assert loss == np.float32(1e8 + 20_000 * np.log(2))
+
+
+def test_linear_cross_entropy_is_cross_entropy_of_linear():
+    x, w = inputs_of((2, 3, 4), (5, 4))
+    target = np.array([[0, 1, -100], [4, 4, 2]])
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "mask": target != 1, **ALL}
+        fused = F.linear_cross_entropy(x, w, target, **linear_options(**options))
+        plain = F.cross_entropy(F.linear(x, w).permute(0, 2, 1), target, **options)
+        assert error(fused.data, plain.data) < 1e-12
+        grads = []
+        for loss in (fused, plain):
+            loss.backward(np.ones(loss.shape))
+            grads.append((x.grad, w.grad))
+            x.grad = w.grad = None
+        for a, b in zip(*grads):
+            assert error(a, b) < 1e-12
+
+
+# Bad input -------------------------------------------------------------------------------------------
+
+
+def test_errors():
+    x, one = Tensor(values(2, 4, 3), requires_grad=True), Tensor(values(1, 4))
+    target = np.array([[0, 1, 2], [3, 4, -100]])
+    cases = [
+        (InputError, "target[1, 1] is 4, it must be in [0, 4) or ignore_index, -100", (x, target), {}),
+        (InputError, "target is (3, 2), it must be (2, 3)", (x, target.T), {}),
+        (InputError, "target[1, 2] is -100, it must be in [0, 4) or ignore_index, 4", (x, target),
+         {"ignore_index": 4}),
+        (TypeError, "ignore_index is None, it must be an integer", (x, target), {"ignore_index": None}),
+        (InputError, "input is a single number, it must be (N, V), (V,) or (N, V, ...)",
+         (Tensor(values()), 0), {}),
+        (InputError, "input is (2, 0), it must have at least one class", (Tensor(values(2, 0)), [0, 0]), {}),
+        (InputError, 'reduction is "max"', (one, [0]), {"reduction": "max"}),
+        (InputError, "label_smoothing is 1.5, it must be in [0, 1]", (one, [0]), {"label_smoothing": 1.5}),
+        (TypeError, "label_smoothing is '1', it must be a number", (one, [0]), {"label_smoothing": "1"}),
+        (InputError, "z_loss is -1, it must be at least 0 and finite", (one, [0]), {"z_loss": -1}),
+        (InputError, "weight is (3,), it must be (4,)", (one, [0]), {"weight": np.ones(3)}),
+        (InputError, "weight[1] is -1.0, it must be at least 0 and finite", (one, [0]),
+         {"weight": [1, -1, 1, 1]}),
+        (InputError, "weight requires a gradient, but a loss has none for it: detach it", (one, [0]),
+         {"weight": Parameter(np.ones(4))}),
+        (InputError, "mask is (2,), it must be (1,)", (one, [0]), {"mask": [True, False]}),
+        (TypeError, "mask is int64, it must be boolean", (one, [0]), {"mask": [1]}),
+        (TypeError, "target is bool, it must be an integer array", (one, [True]), {}),
+        (TypeError, "target holds floats, it must be an integer array of shape (1,), or probabilities "
+         "of input's shape (1, 4)", (one, [0.5]), {}),
+        (InputError, "ignore_index is 2, it must be negative where targets are probabilities: mask "
+         "leaves out rows of them", (one, np.ones((1, 4))), {"ignore_index": 2}),
+        (InputError, "z_loss is -1, it must be at least 0 and finite", (one, np.ones((1, 4))), {"z_loss": -1}),
+        (InputError, "weight is (3,), it must be (4,)", (one, np.ones((1, 4))), {"weight": np.ones(3)}),
+        (InputError, "mask is (2,), it must be (1,)", (one, np.ones((1, 4))), {"mask": [True, False]}),
+    ]  # fmt: skip
+    for kind, message, arguments, options in cases:
+        message = message.replace('"max"', "'max', it must be \"mean\", \"sum\" or \"none\"")
+        assert_refuses(kind, f"cross_entropy: {message}", F.cross_entropy, *arguments, **options)
+    message = "cross_entropy_count: target[1, 1] is 4, it must be in [0, 4) or ignore_index, -100"
+    assert_refuses(InputError, message, F.cross_entropy_count, target, np.ones(4))
+    message = "cross_entropy_count: weight[0] is nan, it must be at least 0 and finite"
+    assert_refuses(InputError, message, F.cross_entropy_count, target, [np.nan, 1])
+    message = "cross_entropy_count: mask is (3,), it must be (2, 3)"
+    assert_refuses(InputError, message, F.cross_entropy_count, target, mask=[True] * 3)
+
+
+def test_errors_of_the_output_layer():
+    x, w = Tensor(values(2, 3, 4)), Parameter(values(5, 4))
+    call = F.linear_cross_entropy
+    message = "linear_cross_entropy: target[0, 2] is -1, it must be in [0, 5) or ignore_index, -100"
+    assert_refuses(InputError, message, call, x, w, [[0, 1, -1], [0, 0, 5]])
+    message = "linear_cross_entropy: class_weight is (4,), it must be (5,)"
+    assert_refuses(InputError, message, call, x, w, TOKENS, class_weight=np.ones(4))
+    message = (
+        "linear_cross_entropy: input is (2, 3, 4), weight is (5, 3); they must be (..., C) and (V, C) "
+        "with V at least 1"
+    )
+    assert_refuses(InputError, message, call, x, Tensor(values(5, 3)), TOKENS)
+    message = "linear_cross_entropy: mask is (3, 2), it must be (2, 3)"
+    assert_refuses(InputError, message, call, x, w, TOKENS, mask=np.ones((3, 2), bool))
+    message = "linear_cross_entropy: target is float64, it must be an integer array"
+    assert_refuses(TypeError, message, call, x, w, TOKENS.astype(float))
+
+
+def test_errors_of_elementwise_losses():
+    x, y = Tensor(values(3, 4)), values(3, 4)
+    for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
+        message = f"{name}: input is (3, 4), target is (5,); they must broadcast"
+        assert_refuses(InputError, message, getattr(F, name), x, values(5))
+        message = f"{name}: reduction is 'x', it must be \"mean\", \"sum\" or \"none\""
+        assert_refuses(InputError, message, getattr(F, name), x, y, reduction="x")
+    message = "smooth_l1_loss: beta is -1, it must be at least 0"
+    assert_refuses(InputError, message, F.smooth_l1_loss, x, y, beta=-1)
+    message = "huber_loss: delta is None, it must be a number"
+    assert_refuses(TypeError, message, F.huber_loss, x, y, delta=None)
+    assert_refuses(InputError, "huber_loss: delta is 0, it must be above 0", F.huber_loss, x, y, delta=0)
+    name, call = "binary_cross_entropy_with_logits", F.binary_cross_entropy_with_logits
+    message = f"{name}: target is (4,), it must be input's shape, (3, 4)"
+    assert_refuses(InputError, message, call, x, values(4))
+    message = f"{name}: pos_weight requires a gradient, but a loss has none for it: detach it"
+    assert_refuses(InputError, message, call, x, y, pos_weight=Parameter(np.ones(4)))
+    message = "bce_with_logits_forward: weight is (3,), it must broadcast to (3, 4)"
+    assert_refuses(InputError, message, call, x, y, weight=np.ones(3))
