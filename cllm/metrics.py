@@ -422,7 +422,9 @@ class Mean(_Metric):
             total, count = (float(_array(part)) for part in result)
         except (TypeError, ValueError):
             name = getattr(self.function, "__name__", "function")
-            raise InputError(f"{name} returned {result!r}, it must return (sum, count)") from None
+            given = " ".join(repr(result).split())
+            given = given if len(given) <= 60 else f"a {type(result).__name__}"
+            raise InputError(f"{name} returned {given}, it must return (sum, count): two numbers") from None
         self.sum += total
         self.count += count
 

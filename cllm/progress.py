@@ -167,7 +167,9 @@ def _encodable(line, stream):
 
 
 def thousands(value):
-    """A number as 12.3k or 4.56M."""
+    """A number as 123, 12.3k or 4.56M."""
+    if value < 1000:
+        return f"{value:.0f}"
     return f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
 
 

@@ -28,8 +28,9 @@ from typing import Literal
 from cllm.errors import InputError, nearest
 
 __all__ = [
-    "NAMES", "ScheduleConfig", "arguments", "at", "constant", "cosine", "cosine_restarts", "exponential",
-    "inverse_sqrt", "join", "linear", "multi_step", "one_cycle", "shared_steps", "step", "warmup", "wsd",
+    "NAMES", "REQUIRED", "ScheduleConfig", "arguments", "at", "constant", "cosine", "cosine_restarts",
+    "exponential", "inverse_sqrt", "join", "linear", "multi_step", "one_cycle", "shared_steps", "step",
+    "warmup", "wsd",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Modular addition, a + b mod p: a model first learns the pairs that it sees by heart, and much later the rule.
+"""Modular addition, a + b mod p: a model first learns the pairs that it sees by heart, and later the rule.
 
-Question (Power et al. 2022): how many steps after "seen" accuracy reaches 1 does that of unseen pairs follow?
+Question (Power et al. 2022): how long after the pairs that were seen do those that were not come out right?
     cllm train experiments/grokking.toml
     cllm sweep experiments/grokking_sweep.toml
 """

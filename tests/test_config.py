@@ -32,7 +32,8 @@ def test_defaults_are_the_documented_ones():
         "schedule.name": "cosine", "schedule.warmup_steps": 100, "schedule.min_lr": 1e-4,
         "train.batch_size": 12, "train.grad_accum": 1, "train.max_steps": 2000,
         "train.eval_interval": 250, "train.sample_interval": 0, "train.checkpoint_interval": 500,
-        "train.seed": 1337, "train.threads": 0, "run.dir": "",
+        "train.seed": 1337, "train.threads": 0, "train.metrics": [], "run.dir": "",
+        "loss.label_smoothing": 0.0, "loss.z_loss": 0.0,
     }  # fmt: skip
     assert {key: flat[key] for key in expected} == expected
 
@@ -128,6 +129,12 @@ def test_another_optimizer_starts_from_its_own_defaults():
             '[schedule]\nname = "join"\nnames = ["constant", "cosin"]\nboundaries = [500]',
             r'schedule.names is "cosin" \(did you mean "cosine"\?\)',
         ),
+        ('[train]\nmetrics = ["acuracy"]', r'train.metrics has "acuracy" \(did you mean "accuracy"\?\), it must'),
+        ("[train]\nmetrics = [3]", r"train.metrics is \[3\], it must be a list of strings"),
+        ('[train]\nmetrics = ["f1", "f1"]', r"train.metrics is .*, each must be there once"),
+        ("[loss]\nlabel_smoothing = 1.5", r"loss.label_smoothing is 1.5, it must be from 0 to 1"),
+        ("[loss]\nz_loss = -1.0", r"loss.z_loss is -1, it must be 0 or more"),
+        ("[loss]\nz_los = 1.0", r'unknown key loss.z_los \(did you mean "loss.z_loss"\?\)'),
         ("[model]\nn_embd = 130", r"model.*n_embd.*130.*n_head.*4"),
         ("[model]\nn_layer = 0", r"model.*n_layer.*0"),
         ("[model]\ndropout = 1.5", r"model.*dropout.*1.5"),
@@ -142,6 +149,83 @@ def test_bad_values_are_one_sentence(tmp_path, text, message):
         load(write(tmp_path, text))
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+MINE = """
+def build(config, p=53, share=0.5, name="add", deep=False, sizes=(1, 2), extra=None, steps=[1], make=print):
+    pass
+
+def free(config, **options):
+    pass
+
+def needs(config, run, p):
+    pass
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(MINE)
+
+
+def test_a_tasks_arguments_are_checked_against_the_functions_defaults(mine, tmp_path):
+    config = load(None, {"task.build": "my.py:build", "task.p": 7.0, "task.share": 1, "task.sizes": [3, 4]})
+    expected = {"p": 7, "share": 1.0, "name": "add", "deep": False, "sizes": (3, 4), "steps": [1]}
+    assert config.task.arguments == expected and type(config.task.arguments["share"]) is float
+    path = write(tmp_path, to_toml(to_dict(config)))
+    assert load(path) == config and "[task]" in path.read_text()
+    free = load(None, {"task.build": "my.py:free", "task.anything": "x"})
+    assert free.task.arguments == {"anything": "x"}
+    assert load(None, {"task.run": "my.py:needs", "task.p": 3}).task.arguments == {"p": 3}
+    assert load(None, {"task.build": "my.py:build", "task.extra": [1, 2]}).task.arguments["extra"] == [1, 2]
+    assert "[task]" not in to_toml(to_dict(Config()))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"build": "my.py:build", "pp": 3}, 'task.pp is not an argument of my.py:build (did you mean "task.p"?)'),
+        ({"build": "my.py:build", "zzz": 3}, "my.py:build, which takes p, share, name, deep, sizes, extra, st"),
+        ({"build": "my.py:build", "p": 2.5}, "task.p is 2.5, it must be an integer"),
+        ({"build": "my.py:build", "p": True}, "task.p is true, it must be an integer"),
+        ({"build": "my.py:build", "share": "much"}, 'task.share is "much", it must be a finite number'),
+        ({"build": "my.py:build", "name": 3}, "task.name is 3, it must be a string"),
+        ({"build": "my.py:build", "deep": 1}, "task.deep is 1, it must be true or false"),
+        ({"build": "my.py:build", "sizes": [1]}, "task.sizes is [1], it must be a list of 2 numbers"),
+        ({"build": "my.py:build", "steps": 1}, "task.steps is 1, it must be a list"),
+        ({"run": "my.py:needs"}, "task.p is missing, my.py:needs has no default for it"),
+        ({"build": "my.py:build", "run": "my.py:needs"}, "task.build and task.run are both set"),
+        ({"p": 3}, "task.p is set, but neither task.build nor task.run is"),
+        ({"biuld": "my.py:build"}, 'task.biuld is set (did you mean "task.build"?)'),
+        ({"build": "my.py:bulid"}, 'my.py has no bulid (did you mean "build"?)'),
+        ({"build": "mine.py:build"}, "task.build names mine.py, which cannot be read"),
+        ({"build": "build"}, "task.build is 'build', it must be FILE.py:NAME"),
+        ({"build": 3}, "task.build is 3, it must be a string"),
+    ],
+)
+def test_bad_tasks_are_one_sentence(mine, keys, message):
+    with pytest.raises(InputError) as caught:
+        load(None, {f"task.{key}": value for key, value in keys.items()})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_file_is_named_for_a_key_of_task(mine, tmp_path):
+    path = write(tmp_path, '[task]\nbuild = "my.py:build"\np = 2.5\n')
+    with pytest.raises(InputError, match=r"char.toml: task.p is 2.5"):
+        load(path)
+
+
+def test_lists_of_any_length():
+    assert load(None, {"train.metrics": "accuracy"}).train.metrics == ("accuracy",)
+    assert load(None, {"train.metrics": ["f1", "top5"]}).train.metrics == ("f1", "top5")
+    assert to_dict(load(None, {"train.metrics": ["f1"]}))["train"]["metrics"] == ["f1"]
+
+
+def test_a_sweeps_file_is_sent_to_cllm_sweep(tmp_path):
+    for text in ("[sweep]\nseeds = [1]\n", '[[space]]\n"optim.lr" = 1e-3\n'):
+        with pytest.raises(InputError, match=r"describes a sweep, not a run; run it with: cllm sweep .*char.toml"):
+            load(write(tmp_path, text))
 
 
 def test_bad_override_names_the_key():
@@ -220,6 +304,10 @@ def test_describe_lists_each_key_with_type_and_default():
     assert rows["schedule.warmup_steps"] == ("an integer", 100)
     assert rows["schedule.milestones"] == ("a list of integers", None)
     assert rows["optim.momentum"][1] is None and "model.vocab_size" not in rows
+    assert rows["model.norm"] == ('"layer" or "rms"', "layer")
+    assert rows["optim.name"][0].endswith('or "muon" or "FILE.py:CLASS"')
+    assert rows["task.build"] == ('"FILE.py:NAME"', None)
+    assert rows["train.metrics"][0].startswith('a list of "accuracy" or "top5"')
     assert set(configs.flatten(to_dict(Config()))) <= set(rows)
 
 

@@ -250,3 +250,55 @@ def test_the_callers_style_is_left_alone(sweep_dir):
     before = dict(matplotlib.rcParams)
     figures.save(figures.loss_curves(records.load(sweep_dir)), sweep_dir / "new" / "figure")
     assert dict(matplotlib.rcParams) == before
+
+
+# Attention weights
+
+
+def heads(H=4, T=7, S=7):
+    weights = np.random.default_rng(0).random((H, T, S)) * (np.arange(S) <= np.arange(S - T, S)[:, None])
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("n_head, shape", [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (6, (2, 3)), (10, (3, 4))])
+def test_attention_shows_each_head_on_one_scale(n_head, shape):
+    weights = heads(n_head)
+    figure = figures.attention(weights)
+    pictures = [axes.images[0] for axes in figure.axes if axes.images]
+    assert len(pictures) == n_head
+    for head, picture in enumerate(pictures):
+        assert picture.axes.get_title(loc="left") == f"head {head}"
+        shown = picture.get_array()
+        np.testing.assert_array_equal(shown.filled(0), weights[head])
+        np.testing.assert_array_equal(shown.mask, weights[head] == 0)  # gray
+        assert picture.get_clim() == (0, weights.max())
+    assert pictures[0].axes.get_gridspec().get_geometry() == shape
+    assert figure.axes[-1].get_ylabel() == "attention weight"
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("key position", "query position")
+
+
+def test_attention_labels_tokens():
+    figure = figures.attention(heads(2, 3, 5), ["a", " ", "b\n", "\t", "c"])
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "␣", "b⏎", "⇥", "c"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b⏎", "⇥", "c"]  # the last three
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == ("key", "query")
+    long = figures.attention(heads(1, 60, 60), "x" * 60)
+    assert len(long.axes[0].get_xticklabels()) < 20
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((np.ones((2, 3, 4, 4)),), r"float64 \(2, 3, 4, 4\).*; of a batch take one sequence, weights\[0\]$"),
+        ((np.ones((4, 4)),), r"float64 \(4, 4\), they must be floats \(H, T, S\)$"),
+        ((np.ones((1, 4, 4), int),), "weights are int64"),
+        ((np.zeros((1, 0, 4)),), r"\(1, 0, 4\)"),
+        ((np.full((1, 2, 2), np.nan),), "weights hold NaN or infinity"),
+        ((np.ones((1, 2, 2)), "abc"), "tokens are 3, they must be 2: one for each key"),
+    ],
+)
+def test_attention_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        figures.attention(*arguments)

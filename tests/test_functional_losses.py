@@ -391,7 +391,8 @@ def test_errors():
          "of input's shape (1, 4)", (one, [0.5]), {}),
         (InputError, "ignore_index is 2, it must be negative where targets are probabilities: mask "
          "leaves out rows of them", (one, np.ones((1, 4))), {"ignore_index": 2}),
-        (InputError, "z_loss is -1, it must be at least 0 and finite", (one, np.ones((1, 4))), {"z_loss": -1}),
+        (InputError, "z_loss is -1, it must be at least 0 and finite", (one, np.ones((1, 4))),
+         {"z_loss": -1}),
         (InputError, "weight is (3,), it must be (4,)", (one, np.ones((1, 4))), {"weight": np.ones(3)}),
         (InputError, "mask is (2,), it must be (1,)", (one, np.ones((1, 4))), {"mask": [True, False]}),
     ]  # fmt: skip

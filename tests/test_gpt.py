@@ -2,9 +2,12 @@
 
 import dataclasses
 import gc
+import inspect
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cllm
 from cllm import functional as F
@@ -173,6 +176,60 @@ def test_initial_values_come_from_seed_and_name_alone():
     assert gated["transformer.h.0.attn.qkv.weight"].std() == pytest.approx(0.02, rel=0.2)
 
 
+def change_of(fields):
+    """Names that a variant adds and leaves out, shapes that it changes, how many parameters more it has."""
+    default, variant = cllm.GPT(SMALL), cllm.GPT(dataclasses.replace(SMALL, **fields))
+    before, after = ({n: a.shape for n, a in model.state_dict().items()} for model in (default, variant))
+    changed = {n: shape for n, shape in after.items() if n in before and before[n] != shape}
+    count = sum(p.numel() for p in variant.parameters()) - sum(p.numel() for p in default.parameters())
+    return sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys()), changed, count
+
+
+@pytest.mark.parametrize("position", ["rotary", "sinusoidal", "alibi", "none"])
+def test_only_learned_positions_have_parameters(position):
+    assert change_of({"position": position}) == ([], ["transformer.wpe.weight"], {}, -8 * 8)
+
+
+def test_variants_change_names_and_shapes_as_documented():
+    blocks = [f"transformer.h.{i}" for i in (0, 1)]
+    norms = [f"{block}.{name}" for block in blocks for name in ("ln_1", "ln_2")] + ["transformer.ln_f"]
+    assert change_of({"norm": "rms"}) == ([], sorted(f"{name}.bias" for name in norms), {}, -5 * 8)
+    last = ["transformer.ln_f.bias", "transformer.ln_f.weight"]
+    assert change_of({"norm_position": "post"}) == ([], last, {}, -2 * 8)
+    added = [f"{block}.attn.{name}_norm.weight" for block in blocks for name in "kq"]
+    assert change_of({"qk_norm": True}) == (added, [], {}, 2 * 2 * 4)
+    grouped = {f"{b}.attn.c_attn.{kind}": shape for b in blocks for kind, shape in
+               (("weight", (16, 8)), ("bias", (16,)))}  # fmt: skip
+    assert change_of({"n_kv_head": 1}) == ([], [], grouped, -2 * (8 * 8 + 8))
+    gated = {}
+    for block in blocks:  # 8/3 * 8 = 21.3, up to a multiple of 8: 24
+        gated |= {f"{block}.mlp.c_fc.weight": (48, 8), f"{block}.mlp.c_fc.bias": (48,)}
+        gated |= {f"{block}.mlp.c_proj.weight": (8, 24)}
+    assert change_of({"activation": "swiglu"}) == ([], [], gated, 2 * (3 * 24 * 8 + 48 - 2 * 32 * 8 - 32))
+    others = {"activation": "silu", "attention": "plain", "init": "orthogonal", "rotary_base": 9.0}
+    assert change_of(others) == ([], [], {}, 0)
+
+
+@pytest.mark.parametrize(
+    "n_embd, width", [(128, 344), (64, 176), (384, 1024), (3, 8), (1, 8), (768, 2048), (100, 272)]
+)
+def test_the_width_of_swiglu(n_embd, width):
+    config = cllm.GPTConfig(n_embd=n_embd, n_head=1, activation="swiglu")
+    layer = nn.FeedForward(config)
+    assert layer.c_proj.weight.shape == (n_embd, width) and layer.c_fc.weight.shape == (2 * width, n_embd)
+    assert 0 <= width - 8 * n_embd / 3 < 8
+
+
+@pytest.mark.parametrize("position", ["rotary", "sinusoidal", "alibi", "none"])
+def test_weights_fit_another_block_size_unless_positions_are_learned(position):
+    model = cllm.GPT(dataclasses.replace(SMALL, position=position), dtype=np.float64)
+    longer = cllm.GPT(dataclasses.replace(SMALL, position=position, block_size=20), dtype=np.float64, seed=1)
+    longer.load_state_dict(model.state_dict())
+    tokens, _ = batch()
+    np.testing.assert_allclose(longer(tokens).data, model(tokens).data, rtol=1e-10)
+    assert longer(np.tile(tokens, 2)).shape == (3, 16, 11)
+
+
 def test_loading_weights_of_another_shape_is_refused():
     state = cllm.GPT(SMALL).state_dict()
     with pytest.raises(InputError, match=r"unexpected transformer\.h\.1\.ln_1\.weight.* and 7 more"):
@@ -250,6 +307,62 @@ def test_loss_is_the_cross_entropy_of_the_logits():
     assert other == pytest.approx(losses[targets != 10].sum())
     smoothed = 0.7 * losses + 0.3 * np.where(targets >= 0, -log_p.mean(-1), 0)
     assert model.loss(tokens, targets, label_smoothing=0.3).item() == pytest.approx(smoothed.sum() / 21)
+
+
+def test_loss_with_class_weights_mask_and_z_loss():
+    model = cllm.GPT(SMALL, dtype=np.float64)
+    model.transformer.wte.weight.data *= 30
+    tokens, targets = batch()
+    mask = np.random.default_rng(1).random(targets.shape) > 0.4
+    weight = np.linspace(0.2, 2, 11)
+    logits = model(tokens).data
+    lse = np.log(np.exp(logits).sum(-1))
+    plain = lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    row_weight = np.where(mask, weight[targets], 0)
+    losses = row_weight * (plain + 0.01 * lse**2)
+    options = {"class_weight": weight, "mask": mask, "z_loss": 0.01}
+    found = model.loss(tokens, targets, reduction="none", **options).data
+    np.testing.assert_allclose(found, losses, rtol=1e-10, atol=1e-14)
+    mean = model.loss(tokens, targets, **options)
+    assert mean.item() == pytest.approx(losses.sum() / row_weight.sum(), rel=1e-12)
+    masked = np.where(mask, targets, -100)
+    assert model.loss(tokens, masked).item() == pytest.approx(model.loss(tokens, targets, mask=mask).item())
+    mean.backward()
+    assert np.linalg.norm(model.flat_grad) > 0.1
+    model.zero_grad()
+    nothing = model.loss(tokens, targets, mask=np.zeros_like(mask))
+    nothing.backward()
+    assert nothing.item() == 0 and not model.flat_grad.any()
+
+
+@settings(max_examples=25)
+@given(st.data(), st.booleans(), st.booleans())
+def test_any_split_into_micro_batches_gives_the_same_loss_and_gradients(data, masked, weighted):
+    config = dataclasses.replace(SMALL, n_layer=1, position="rotary")
+    model = cllm.GPT(config, dtype=np.float64)
+    tokens, targets = batch(B=6)
+    targets = np.where(np.random.default_rng(2).random(targets.shape) < 0.3, -100, targets)
+    mask = np.random.default_rng(1).random(targets.shape) > 0.5 if masked else None
+    options = {"class_weight": np.linspace(0.5, 2, 11) if weighted else None, "z_loss": 1e-3}
+    whole = model.loss(tokens, targets, mask=mask, label_smoothing=0.1, **options)
+    whole.backward()
+    expected = model.flat_grad.copy()
+    model.zero_grad()
+    count = F.cross_entropy_count(targets, options["class_weight"], mask=mask)
+    rows = data.draw(st.permutations(range(6)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, 6), max_size=4)))
+    total = 0.0
+    for start, end in zip([0, *cuts], [*cuts, 6]):
+        part = rows[start:end]
+        if part:
+            loss = model.loss(
+                tokens[part], targets[part], label_smoothing=0.1, reduction="sum",
+                mask=None if mask is None else mask[part], **options,
+            ) / count  # fmt: skip
+            loss.backward()
+            total += loss.item()
+    assert total == pytest.approx(whole.item(), rel=1e-12)
+    np.testing.assert_allclose(model.flat_grad, expected, rtol=1e-9, atol=1e-13)
 
 
 def test_a_position_does_not_depend_on_later_ones():
@@ -378,3 +491,25 @@ def test_bad_arguments():
         cllm.GPT({"n_layer": 1})
     with pytest.raises(InputError, match="float16"):
         cllm.GPT(SMALL, dtype=np.float16)
+    with pytest.raises(InputError, match=r"^attention\(config\) gives a int, it must give a module: class"):
+        cllm.GPT(SMALL, attention=lambda config: 3)
+    with pytest.raises(InputError, match=r"^attention is a GatedAttention, it must be a class of modules"):
+        cllm.GPT(SMALL, attention=GatedAttention(SMALL))
+
+
+def test_attention_from_a_users_file(tmp_path, monkeypatch):
+    source = inspect.getsource(GatedAttention)
+    text = f"import numpy as np\nfrom cllm import nn\n\n\n{source}"
+    (tmp_path / "my.py").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    named = cllm.GPT(dataclasses.replace(SMALL, attention="my.py:GatedAttention"), seed=3)
+    direct = cllm.GPT(SMALL, attention=GatedAttention, seed=3)
+    tokens, _ = batch()
+    np.testing.assert_array_equal(named(tokens).data, direct(tokens).data)
+    for name, message in [
+        ("my.py:GatedAttention2", r'my.py has no GatedAttention2 \(did you mean "GatedAttention"\?\)'),
+        ("other.py:A", "^model.attention names other.py, which cannot be read"),
+        ("my.py:np", "^attention is a module, it must be a class of modules"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            cllm.GPT(dataclasses.replace(SMALL, attention=name))

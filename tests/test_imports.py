@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "figures": {"records", "verdict"},
     "files": set(),
-    "functional": {"kernels", "rng", "tensor"},
+    "functional": {"_core", "kernels", "rng", "tensor"},
     "generate": {"gpt", "kernels", "rng", "tensor"},
     "gpt": {"functional", "kernels", "nn", "rng", "tensor", "userfile"},
     "kernels": {"_core", "_kernels"},

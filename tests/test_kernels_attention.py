@@ -459,7 +459,7 @@ def test_no_channels_and_no_heads():
         (TypeError, "mask is int64, it must be bool or q's float32", {"mask": np.ones((5, 6), int)}),
         (TypeError, "mask is float64, it must be bool or q's float32", {"mask": np.ones((5, 6))}),
         (ValueError, "mask is (6, 5), it must broadcast to (2, 4, 5, 6)", {"mask": np.ones((6, 5), bool)}),
-        (ValueError, "mask is (3, 1, 1), it must broadcast to (2, 4, 5, 6)", {"mask": np.ones((3, 1, 1), bool)}),
+        (ValueError, "mask is (3, 1), it must broadcast to (2, 4, 5, 6)", {"mask": np.ones((3, 1), bool)}),
         (
             ValueError,
             "mask is (1, 2, 4, 5, 6), it must broadcast to (2, 4, 5, 6)",

@@ -314,6 +314,27 @@ def test_uncounted_targets_may_be_anything():
     assert (metric.correct, metric.count) == (1, 2)
 
 
+def test_merging_brings_the_number_of_classes():
+    merged, part = metrics.F1(), metrics.F1()
+    part.update(np.eye(4), np.arange(4))
+    merged.merge(part)
+    merged.merge(metrics.F1())
+    merged.update(np.arange(4), np.arange(4))  # which needs the number
+    assert merged.counts.tolist() == [[2] * 4] * 3
+    other = metrics.F1()
+    other.update(np.eye(5), np.arange(5))
+    with pytest.raises(InputError, match="a metric of 4 classes cannot be merged with one of 5"):
+        merged.merge(other)
+
+
+def test_top_k_in_several_blocks(monkeypatch):
+    rng = np.random.default_rng(6)
+    batch = rng.integers(0, 9, (50, 7)).astype(float), rng.integers(0, 7, 50), rng.random(50) < 0.8
+    whole = measured(metrics.TopK(3), *batch)
+    monkeypatch.setattr(metrics, "_BLOCK", 4 * 7 + 3)
+    assert measured(metrics.TopK(3), *batch) == whole == loop_top(3, *batch)
+
+
 def test_reset_forgets():
     outputs, targets = np.eye(6), np.arange(6)
     for make in ALL.values():

@@ -165,11 +165,11 @@ def test_sizes_that_threads_share(operation):
 
 
 # Where the reference says how far a NaN goes: through products with 0 (of dropped elements, the softmax of one
-# key, ignored rows, units that are off, the sine of 0, a weight decay of 0) and clips that clip nothing. Elsewhere
-# it goes where a finite change goes.
+# key, ignored rows, units that are off, the sine of 0, a weight decay of 0) and clips that clip nothing.
+# Elsewhere it goes where a finite change goes.
 BY_REFERENCE = {
-    "dropout", "rotary", "attention", "packed_attention", "linear_cross_entropy", "feed_forward", "sgd", "adam",
-    "adamw", "rmsprop", "adagrad", "adafactor", "adafactor (vector)",
+    "dropout", "rotary", "attention", "packed_attention", "linear_cross_entropy", "feed_forward",
+    "sgd", "adam", "adamw", "rmsprop", "adagrad", "adafactor", "adafactor (vector)",
 }  # fmt: skip
 FINITE = {"class_weight", "slopes"}  # refused when they are not
 

@@ -95,6 +95,11 @@ def test_cosine_against_its_formula():
         assert schedules.cosine(step, 2.0, 5, 40, 0.1) == pytest.approx(expected, rel=1e-12)
 
 
+def test_rounding_never_lifts_a_rate_above_lr():
+    assert 0.15 + (0.42 - 0.15) > 0.42
+    assert schedules.cosine(1, 0.42, 0, 10**9, 0.15) == 0.42
+
+
 def test_linear_by_hand():
     found = rates(schedules.linear, 8, lr=1.0, warmup_steps=2, max_steps=6, min_lr=0.2)
     assert found == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2], rel=1e-12)
@@ -170,6 +175,8 @@ def test_one_cycle_by_hand():
     down = [1 - (1 - last) * i / 7 for i in range(1, 8)]
     assert found == pytest.approx([*up, *down, last, last], rel=1e-12)
     assert found[9] == found[11]
+    # Where the peak falls on step 0, torch divides by zero.
+    assert schedules.one_cycle(0, 1.0, max_steps=10, pct_start=0.1) == 1.0
 
 
 def test_join_gives_each_part_its_own_steps():
@@ -423,6 +430,7 @@ def test_a_join_takes_what_its_parts_take():
     taken = schedules.arguments("join", ["one_cycle", "step", "exponential"])
     assert "warmup_steps" not in taken and {"pct_start", "step_size", "min_lr"} <= set(taken)
     assert taken["gamma"] is schedules.REQUIRED  # of exponential; step has a default
+    assert schedules.arguments("join", ["exponential", "step"])["gamma"] is schedules.REQUIRED
     chosen = ScheduleConfig("join", names=["one_cycle", "linear"], boundaries=[50])
     assert schedules.at(chosen, 50, 0.5, 80) == 0.5
 

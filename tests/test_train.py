@@ -209,6 +209,24 @@ def test_without_validation_there_is_no_evaluation(tmp_path, text_path):
     assert {r["split"] for r in untimed(tmp_path / "run")} == {"train"}
 
 
+def test_metrics_are_recorded_and_leave_the_rest_as_it_was(tmp_path, text_path):
+    fit(tiny(text_path, tmp_path / "without"))
+    fit(tiny(text_path, tmp_path / "with", train__metrics=["accuracy", "top5", "perplexity"]))
+    lines = untimed(tmp_path / "with")
+    evaluated = [r for r in lines if r["split"] == "val"]
+    assert all(list(r) == ["step", "split", "loss", "perplexity", "accuracy", "top5"] for r in evaluated)
+    assert 0 < evaluated[-1]["accuracy"] < evaluated[-1]["top5"] < 1
+    model, _ = load(tmp_path / "with")
+    tokens = data.load(text_path).val.array.astype(np.int64)
+    n = (len(tokens) - 1) // 16 * 16
+    right = model(tokens[:n].reshape(-1, 16)).data.argmax(-1).ravel() == tokens[1 : n + 1]
+    rest = model(tokens[None, n:-1]).data.argmax(-1).ravel() == tokens[n + 1 :] if n + 1 < len(tokens) else []
+    assert evaluated[-1]["accuracy"] == (right.sum() + np.sum(rest)) / (len(tokens) - 1)
+    for record in evaluated:
+        del record["accuracy"], record["top5"]
+    assert lines == untimed(tmp_path / "without")
+
+
 def test_callbacks_add_keys_and_stop(tmp_path, text_path):
     def callback(trainer, record):
         record["seen"] = trainer.step
@@ -399,8 +417,8 @@ def test_used_directory_is_refused(tmp_path, text_path):
         fit(tiny(text_path, tmp_path / "sweep"))
 
 
-def test_what_comes_later_is_refused(text_path, tmp_path):
-    with pytest.raises(InputError, match="task of one's own is not supported so far"):
+def test_bad_arguments_are_refused(text_path, tmp_path):
+    with pytest.raises(InputError, match=r"task is a object, it must be a cllm.Task"):
         Trainer(tiny(text_path, tmp_path / "run"), task=object())
     with pytest.raises(InputError, match=r"train\.threads is 100000, it must be at most 1024"):
         tiny(text_path, tmp_path / "run", train__threads=100000)
@@ -484,6 +502,26 @@ def test_bar_on_a_terminal(tmp_path, text_path):
     Trainer(tiny(text_path, tmp_path / "run", train__sample_interval=10), progress=shown).fit()
     out = stream.getvalue()
     assert "20/20" in out and "tok/s" in out and "val loss" in out and "finished 20 steps" in out
+
+
+@pytest.mark.parametrize("kind", [progress.Bar, progress.Lines])
+def test_metrics_are_shown(tmp_path, text_path, kind):
+    import io
+
+    stream = io.StringIO()
+    config = tiny(text_path, tmp_path / "run", train__metrics=["accuracy", "f1"])
+    Trainer(config, progress=kind(stream)).fit()
+    out = stream.getvalue()
+    assert len(re.findall(r"step \d+: val loss \S+, perplexity \S+, accuracy 0\.\d{4}, f1 0\.\d{4}", out)) == 2
+    if kind is progress.Bar:
+        assert re.search(r"loss \S+ +lr \S+ +val accuracy 0\.\d{3}", out)
+
+
+def test_what_a_record_says_in_a_line():
+    record = {"step": 3, "split": "val", "matrix": [[1, 2]], "note": "x", "a": np.float32(0.5), "b": None}
+    assert progress._evaluation_line(record) == "step 3: val a 0.5000, b nan"
+    many = {"step": 3, "split": "val", "loss": 1, **{f"m{i}": i for i in range(20)}}
+    assert progress._evaluation_line(many).count(",") == 7
 
 
 def test_duration():

@@ -182,6 +182,7 @@ def torch_logits(torch, config, state, tokens):
     if config.position == "learned":
         x = x + state["transformer.wpe.weight"][:T]
     elif config.position == "sinusoidal":
+        x = x * math.sqrt(C)
         for channel in range(C):
             angle = places / 10000 ** ((channel - channel % 2) / C)
             wave = torch.cos(angle) if channel % 2 else torch.sin(angle)

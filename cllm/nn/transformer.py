@@ -64,11 +64,13 @@ class Block(Module):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.ln_1 = norm_of(config)
+        if not callable(attention) or isinstance(attention, Module):
+            raise InputError(f"attention is a {type(attention).__name__}, it must be a class of modules")
         self.attn = attention(config)
         if not isinstance(self.attn, Module):
             raise InputError(
-                f"attention gives {type(self.attn).__name__}, it must be a class of modules: class "
-                "MyAttention(nn.Module), built as MyAttention(config)"
+                f"attention(config) gives a {type(self.attn).__name__}, it must give a module: "
+                "class MyAttention(nn.Module)"
             )
         self.ln_2 = norm_of(config)
         self.mlp = FeedForward(config)
