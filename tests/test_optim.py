@@ -1,6 +1,7 @@
 """Optimizers: against torch, joined against single parameters, state, skipped parameters, bad arguments."""
 
 import copy
+import functools
 import inspect
 import math
 
@@ -67,6 +68,7 @@ class Bag(nn.Module):
             self.flatten()
 
 
+@functools.cache
 def gradient(step, i, shape, dtype):
     return np.asarray(np.random.default_rng([step, i]).standard_normal(shape), dtype)
 
@@ -153,12 +155,21 @@ def largest_difference_to_torch(torch, name, arguments, dtype, module):
     return max(np.linalg.norm(np.subtract(a, b)) / max(np.linalg.norm(b), 1e-3) for a, b in pairs)
 
 
+@pytest.fixture
+def torch():
+    """torch on one thread: its threads take seconds to meet over products as small as these."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_200_steps_match_torch_with_schedule_groups_clipping_and_skipped_parameters(
-    name, arguments, dtype, monkeypatch
+    name, arguments, dtype, torch, monkeypatch
 ):
-    torch = pytest.importorskip("torch")
     if name == "Muon":  # torch runs Newton-Schulz in bfloat16; here it runs in the parameters' own dtype
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     module = torch_lion(torch) if name == "Lion" else getattr(torch.optim, name)
@@ -166,10 +177,9 @@ def test_200_steps_match_torch_with_schedule_groups_clipping_and_skipped_paramet
     assert difference < (2e-5 if dtype == np.float32 else 1e-11)
 
 
-def test_muon_is_as_close_to_torchs_bfloat16_as_that_allows():
-    """bfloat16 has 8 bits: each of the 15 products rounds by up to 0.4 %, and the iteration triples small
-    singular values, errors included. Seen: 4 % of a step; of the weights after 200 steps, 1 %."""
-    torch = pytest.importorskip("torch")
+def test_muon_is_as_close_to_torchs_bfloat16_as_that_allows(torch):
+    """bfloat16 has 8 bits: each of the 15 products rounds by up to 0.4 %, and the iteration more than triples
+    small singular values, errors included. Seen: 1.8 % of a step; 0.4 % of the weights after 200 steps."""
     rng = np.random.default_rng(0)
     for shape in ((64, 64), (100, 30)):
         start, grad = rng.standard_normal((2, *shape)).astype(np.float32)
@@ -178,13 +188,12 @@ def test_muon_is_as_close_to_torchs_bfloat16_as_that_allows():
         optim.Muon([p], lr=0.1, weight_decay=0.0).step()
         torch.optim.Muon([q], lr=0.1, weight_decay=0.0).step()
         step = q.detach().numpy() - start
-        assert np.linalg.norm(p.data - start - step) < 0.06 * np.linalg.norm(step)
-    assert largest_difference_to_torch(torch, "Muon", {}, np.float32, torch.optim.Muon) < 0.02
+        assert np.linalg.norm(p.data - start - step) < 0.03 * np.linalg.norm(step)
+    assert largest_difference_to_torch(torch, "Muon", {}, np.float32, torch.optim.Muon) < 0.01
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_constructors_have_torchs_arguments_and_defaults(name):
-    torch = pytest.importorskip("torch")
+def test_constructors_have_torchs_arguments_and_defaults(name, torch):
     if name == "Lion":
         pytest.skip("torch has none")
     theirs = inspect.signature(getattr(torch.optim, name)).parameters
@@ -273,6 +282,61 @@ def test_calls_split_where_a_gradient_is_missing_and_join_again(monkeypatch):
     assert optimizer.steps == [3, 3, 3, 3, 2, 3]
 
 
+def test_adagrads_initial_value_leaves_the_padding_alone(monkeypatch):
+    calls = count_calls(monkeypatch, "adagrad_update")
+    parameters = list(Bag(np.float32, flat=True, empty=False).parameters())
+    optimizer = optim.Adagrad(parameters, initial_accumulator_value=0.5)
+    for step in range(2):
+        give_gradients(parameters, step, no_skip)
+        optimizer.step()
+        optimizer._seen = None  # find out again what joins
+    assert len(calls) == 2
+
+
+def test_factored_parameters_and_muons_matrices_come_one_by_one_and_the_rest_joined(monkeypatch):
+    calls = count_calls(monkeypatch, "adafactor_update")
+    parameters = list(Bag(np.float32, flat=True, name="Adafactor").parameters())
+    give_gradients(parameters, 0, no_skip)
+    optimizer = optim.Adafactor(parameters)
+    optimizer.step()
+    assert calls == [p.numel() for p in parameters]
+    shapes = {key: array.shape for key, array in optimizer.arrays().items()}
+    assert (shapes["row_var.0"], shapes["col_var.0"], shapes["variance.1"]) == ((7, 1), (1, 5), (5,))
+    assert (shapes["row_var.3"], shapes["col_var.3"]) == ((2, 4, 1), (2, 1, 3))
+    assert "variance.0" not in shapes and "row_var.1" not in shapes
+    muon, adamw = count_calls(monkeypatch, "muon_update"), count_calls(monkeypatch, "adamw_update")
+    parameters = list(Bag(np.float32, flat=True, name="Muon").parameters())
+    give_gradients(parameters, 0, no_skip)
+    groups = [{"params": parameters[:3]}, {"params": parameters[3:], "muon": False, "eps": 1e-8}]
+    optim.Muon(groups).step()
+    assert muon == [35, 35, 4] and len(adamw) == 1
+
+
+def test_muons_other_group_is_adamw():
+    ours, theirs = (list(Bag(np.float32, flat=True).parameters()) for _ in range(2))
+    arguments = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
+    muon = optim.Muon([{"params": ours, "muon": False, **arguments}])
+    adamw = optim.AdamW(theirs, **arguments)
+    for step in range(5):
+        for parameters, optimizer in ((ours, muon), (theirs, adamw)):
+            give_gradients(parameters, step)
+            optimizer.step()
+    assert_same_bits(ours, theirs)
+    assert muon.arrays().keys() == adamw.arrays().keys()
+
+
+def test_muon_refuses_what_is_no_matrix_by_its_position():
+    p, q = (Tensor(np.ones(shape), requires_grad=True) for shape in ((3, 2), (3,)))
+    with pytest.raises(InputError, match=r"params\[1\] is of shape \(3,\), Muon takes matrices; others can go"):
+        optim.Muon([p, q])
+    optimizer = optim.Muon([{"params": [p]}, {"params": [q], "muon": False}])
+    with pytest.raises(InputError, match=r"params\[0\] is of shape \(3,\)"):
+        optimizer.param_groups[1]["muon"] = True
+        optimizer.step()
+    with pytest.raises(InputError, match="muon is 1, it must be True or False"):
+        optim.Muon([{"params": [p], "muon": 1}])
+
+
 def test_neighbours_whose_padding_is_in_use_are_not_joined():
     block, grads = np.ones(30, np.float32), np.ones(30, np.float32)
     a, b = (Tensor(block[s], requires_grad=True) for s in (slice(0, 10), slice(12, 30)))
@@ -326,6 +390,113 @@ def test_zero_grad_forgets():
     assert p.grad is None
 
 
+# Optimizers of one's own -----------------------------------------------------------------------------
+
+
+class SignSGD(optim.Optimizer):
+    """As `Optimizer`'s docstring has it."""
+
+    elementwise = True
+
+    def __init__(self, params, lr=1e-4, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    def state_names(self, group):
+        return ("momentum_buffer",)
+
+    def update(self, group, param, grad, step, state):
+        mean = state["momentum_buffer"]
+        mean += (1 - group["momentum"]) * (grad - mean)
+        param -= group["lr"] * np.sign(mean)
+
+
+class NormSGD(optim.Optimizer):
+    """Steps of one length for each parameter; state of its own shape; a rule and a check of its own."""
+
+    rules = {**optim.Optimizer.rules, "floor": (lambda value: value > 0, "above 0")}  # noqa: RUF012
+
+    def __init__(self, params, lr=0.1, floor=1e-8):
+        super().__init__(params, locals())
+
+    def state_names(self, group):
+        return ("norm", "start")
+
+    def new_state(self, group, param):
+        return {"norm": np.full((), 5.0, param.dtype), "start": param.copy()}
+
+    def update(self, group, param, grad, step, state):
+        state["norm"][...] = max(np.linalg.norm(grad), group["floor"])
+        param -= group["lr"] * grad / state["norm"]
+
+
+def test_an_elementwise_optimizer_of_ones_own_gets_one_flat_array_and_the_same_bits_as_loose():
+    results = []
+    for flat in (True, False):
+        seen = []
+
+        class Seen(SignSGD):
+            def update(self, group, param, grad, step, state, seen=seen):
+                seen.append((param.ndim, step))
+                super().update(group, param, grad, step, state)
+
+        parameters = list(Bag(np.float32, flat, empty=False).parameters())
+        optimizer = Seen(parameters, lr=0.01)
+        for step in range(3):
+            give_gradients(parameters, step, no_skip)
+            optimizer.step()
+        results.append(parameters)
+        assert len(seen) == (3 if flat else 18) and seen[-1][1] == 3
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("cls", [SignSGD, NormSGD])
+def test_an_optimizer_of_ones_own_is_restored(cls):
+    parameters = list(Bag(np.float32, flat=True).parameters())
+    optimizer = cls(parameters)
+    for step in range(6):
+        if step == 3:
+            others = twin_of(parameters, False)
+            other = cls(others)
+            other.load_arrays({key: array.copy() for key, array in optimizer.arrays().items()})
+        give_gradients(parameters, step, no_skip)
+        optimizer.step()
+        if step >= 3:
+            give_gradients(others, step, no_skip)
+            other.step()
+    assert_same_bits(parameters, others)
+    for key, array in optimizer.arrays().items():
+        np.testing.assert_array_equal(array, other.arrays()[key])
+
+
+def test_an_optimizer_of_ones_own_comes_parameter_by_parameter_unless_it_says_elementwise():
+    start = list(Bag(np.float64, flat=True).parameters())
+    parameters = list(Bag(np.float64, flat=True).parameters())
+    optimizer = NormSGD(parameters, lr=0.25)
+    assert optimizer.defaults == {"lr": 0.25, "floor": 1e-8}
+    give_gradients(parameters, 0, no_skip)
+    optimizer.step()
+    for i, (p, q) in enumerate(zip(parameters, start)):
+        if p.numel():
+            assert np.linalg.norm(p.data - q.data) == pytest.approx(0.25)
+        state = optimizer.state_dict()["state"][i]
+        assert state["norm"] == pytest.approx(max(np.linalg.norm(p.grad), 1e-8))
+        np.testing.assert_array_equal(state["start"], q.data)
+    with pytest.raises(InputError, match="floor is 0, it must be above 0"):
+        NormSGD(parameters, floor=0)
+    with pytest.raises(InputError, match="lr is -1, it must be a finite number of at least 0"):
+        NormSGD(parameters, lr=-1)
+    with pytest.raises(InputError, match="NormSGD has no argument beta, it takes lr, floor"):
+        NormSGD([{"params": parameters, "beta": 1}])
+
+
+def test_an_optimizer_without_a_rule():
+    p = Tensor(np.ones(3), requires_grad=True)
+    optimizer = optim.Optimizer([p], {"lr": 0.1})
+    p.grad = np.ones(3)
+    with pytest.raises(NotImplementedError, match=r"Optimizer must define update\(group, param, grad, step, st"):
+        optimizer.step()
+
+
 # State -----------------------------------------------------------------------------------------------
 
 
@@ -361,6 +532,17 @@ def test_a_restored_optimizer_continues_with_the_same_bits(name, arguments, flat
         optimizer.step()
         other.step()
     assert_same_bits(parameters, others)
+
+
+def test_an_option_switched_on_and_off_brings_and_keeps_its_state():
+    p = Tensor(np.ones(3), requires_grad=True)
+    optimizer = optim.Adam([p])
+    for amsgrad in (False, True, False, True):
+        optimizer.param_groups[0]["amsgrad"] = amsgrad
+        p.grad = np.ones(3)
+        optimizer.step()
+        assert ("max_exp_avg_sq.0" in optimizer.arrays()) == amsgrad
+    assert optimizer.steps == [4]
 
 
 def test_loading_brings_hyperparameters_and_copies():
