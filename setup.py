@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("CLLM_DEBUG") == "1"
 KERNELS = sorted(Path("cllm/_kernels").glob("*.pyx"))
-CORE = sorted(Path("cllm/_core").glob("*.pyx"))
+CORE = [*sorted(Path("cllm/_core").glob("*.pyx")), Path("cllm/capi.pyx")]
 HEADERS = [str(path) for path in sorted(Path("cllm/_kernels").glob("*.h"))]
 
 # -ffast-math and its parts that reorder sums or drop NaN checks stay out: they end "the same bits at

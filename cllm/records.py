@@ -151,10 +151,9 @@ class Run:
         if not found:
             self._check_known(split, key)
         steps, values = zip(*found) if found else ((), ())
-        try:
-            return np.array(steps, np.int64), np.array(values, np.float64)
-        except (TypeError, ValueError):
-            raise InputError(f"{split}.{key} of {self.path} is not one number a record") from None
+        if not all(isinstance(value, int | float) for value in values):
+            raise InputError(f"{split}.{key} of {self.path} is not one number a record")
+        return np.array(steps, np.int64), np.array(values, np.float64)
 
     def names(self):
         """All SPLIT.KEY that the records have, "step" and "split" left out, in order of appearance."""

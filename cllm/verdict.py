@@ -110,14 +110,21 @@ def _comparison(sweep, best, second):
 
 
 def _place_in_grid(sweep, index):
-    """For each number that was varied: whether the best lies at an end of what was tried."""
+    """For each number that was varied: whether the best lies at an end of what was tried.
+
+    Of keys that move together the first speaks for all.
+    """
     best = sweep.settings[index]
     peers = [other for other in sweep.settings if _kind(other) == _kind(best)]
-    lines = []
+    lines, told = [], []
     for key in sweep.varied():
         tried = {other[key] for other in peers if _is_number(other.get(key))}
         if not _is_number(best.get(key)) or len(tried) < 2:
             continue
+        pairs = [{(other.get(key), other.get(first)) for other in peers} for first in told]
+        if any(len(pair) == len(tried) for pair in pairs):
+            continue
+        told.append(key)
         low, high, value = text(min(tried)), text(max(tried)), text(best[key])
         if value == high:
             lines.append(f"Best {key} = {value} is at the grid's upper edge: extend upwards.")

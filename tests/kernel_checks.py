@@ -40,6 +40,20 @@ def assert_close(result, expected, dtype):
         assert largest <= 4 * np.finfo(dtype).eps or error(result, expected) < TOLERANCE[np.dtype(dtype)]
 
 
+def assert_torchs(result, theirs, size=0.0):
+    """A result is torch's: within 2e-5 (1e-12 in float64) of its norm, or of `size`, the norm of the terms that it
+    sums; or within 4 units in the last place of 1 everywhere."""
+    theirs = theirs.detach().numpy()
+    assert result.shape == theirs.shape
+    assert result.dtype == theirs.dtype
+    difference = np.asarray(result, np.float64) - theirs
+    eps = np.finfo(result.dtype).eps
+    tolerance = 2e-5 if result.dtype == np.float32 else 1e-12
+    size = max(np.linalg.norm(theirs.astype(np.float64).ravel()), size)
+    largest = np.abs(difference).max(initial=0)  # NaN fails both
+    assert largest <= 4 * eps or np.linalg.norm(difference.ravel()) <= tolerance * size
+
+
 def numeric_gradient(function, arrays, i, dout, step=1e-6):
     """d sum(function(*arrays) dout) / d arrays[i] by central differences."""
     gradient = np.empty_like(arrays[i])

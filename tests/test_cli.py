@@ -87,6 +87,13 @@ def test_train_help_shows_every_config_key_with_its_default(cllm):
         assert config.to_toml({"x": default}).removeprefix("x = ").strip() in line[0]
 
 
+def test_train_help_shows_the_choices_of_a_key(cllm):
+    _, out, _ = cllm("train", "--help")
+    words = " ".join(out.split())
+    assert '--model.position "learned" "learned" or "rotary" or "sinusoidal" or "alibi" or "none" ' in words
+    assert '--task.run "FILE.py:NAME" --task.KEY an argument of that function' in words
+
+
 def test_version(cllm):
     status, out, _ = cllm("--version")
     assert status == 0
@@ -137,6 +144,14 @@ def test_overrides_leave_the_rest_to_argparse():
         (["train", "--model.n-leyer", "4"], ["model.n_leyer", "model.n_layer"]),
         (["train", "--modle.n-layer", "4"], ["modle", "model"]),
         (["train", "--modell", "4"], ["unknown option --modell"]),
+        (["train", "--lr", "3e-4"], ['unknown option --lr (did you mean "--optim.lr"?)']),
+        (["train", "--no-bias"], ['(did you mean "--model.bias"?)']),
+        (["train", "--name", "x"], ['(did you mean "--optim.name" or "--schedule.name"?)']),
+        (["resume", "a", "--max-steps", "9"], ['(did you mean "--train.max-steps"?)']),
+        (["sweep", "a.toml", "--lr", "3e-4"], ['(did you mean "--base.optim.lr"?)']),
+        (["train", "--task.p", "3"], ["task.p is set, but neither task.build nor task.run is"]),
+        (["train", "--task.build", "my.py:build"], ["task.build names my.py, which cannot be read"]),
+        (["train", "--train.metrics", "acc"], ["train.metrics", "accuracy"]),
         (["train", "--model.n-layer"], ["--model.n-layer needs a value"]),
         (["train", "--model.n-layer", "four"], ["model.n_layer", "four", "integer"]),
         (["train", "--model.n-layer", "0"], ["n_layer", "0"]),

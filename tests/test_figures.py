@@ -123,6 +123,85 @@ def test_loss_curves_keeps_to_the_best_settings_of_many(tmp_path):
     assert_tidy(figure)
 
 
+def write_metrics(path, seed, names=("accuracy", "f1"), splits=("val", "seen"), rows=False):
+    """A run's directory with metrics, of a task of the user's own."""
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text(f'[task]\nbuild = "my.py:build"\n[train]\nseed = {seed}\n')
+    with records.Recorder(path) as recorder:
+        for step in range(1, 21):
+            recorder.write({"step": step, "split": "train", "loss": 2 / step, "tokens_per_s": 5.0})
+            if step % 5 == 0:
+                for index, split in enumerate(splits):
+                    values = dict.fromkeys(names, step / 20 - 0.1 * index - 0.02 * seed)
+                    more = {"rows": [[1, 2], [3, 4]]} if rows else {}
+                    recorder.write({"step": step, "split": split, "loss": 1 / step, **values, **more})
+    records.write_summary(path, {"state": "finished"})
+
+
+def test_metric_curves_has_a_panel_a_metric_and_a_kind_of_line_a_split(tmp_path):
+    for seed in (0, 1):
+        write_metrics(tmp_path / "trials" / f"s000-seed{seed}", seed, rows=True)
+    runs = records.load(tmp_path)
+    figure = figures.metric_curves(runs)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy", "f1"]  # and no matrix
+    loss, accuracy, _ = figure.axes
+    assert [line.get_linestyle() for line in loss.get_lines()] == ["--", ":", "-."]  # and of training
+    val, seen = accuracy.get_lines()
+    np.testing.assert_allclose(val.get_ydata(), np.array([0.25, 0.5, 0.75, 1]) - 0.01)
+    np.testing.assert_allclose(seen.get_ydata(), val.get_ydata() - 0.1)
+    assert len(accuracy.collections) == 2  # the seeds' range, once a split
+    assert legend_texts(figure)[1:] == ["training", "validation", "seen"]
+    assert "mean and range of 2 seeds" in title_of(figure)
+    assert_tidy(figure)
+    assert len(figures.metric_curves(runs, ["f1"]).axes) == 1
+    with pytest.raises(InputError, match=r'no run has recorded "acuracy" \(did you mean "accuracy"\?\)'):
+        figures.metric_curves(runs, ["acuracy"])
+
+
+def test_metric_curves_of_many_metrics_and_of_none(tmp_path, sweep_dir):
+    write_metrics(tmp_path / "many", 0, names=[f"m{i}" for i in range(20)])
+    figure = figures.metric_curves(records.load(tmp_path / "many"))
+    assert len(figure.axes) == 8 and "first 8 of 21" in title_of(figure)
+    with pytest.raises(InputError, match="no metric besides the loss"):
+        figures.metric_curves(records.load(sweep_dir))
+
+
+def test_loss_curves_of_a_task_follow_its_first_eval_and_draw_what_there_is(tmp_path):
+    write_metrics(tmp_path / "run", 0, splits=("seen", "other"))
+    figure = figures.loss_curves(records.load(tmp_path / "run"))
+    (axes,) = figure.axes  # neither learning rate nor gradient norm
+    assert axes.get_ylabel() == "loss" and axes.get_xlabel() == "step"
+    assert "seen" in legend_texts(figure)
+    assert_tidy(figure)
+    names = [path.name for path in figures.for_directory(tmp_path / "run")]
+    assert names == ["loss_curves.png", "loss_curves.svg", "metric_curves.png", "metric_curves.svg"]
+
+
+def test_keys_that_move_together_share_an_axis_and_a_figure(tmp_path):
+    sizes = [(16, 2), (32, 4), (64, 4)]
+    for setting, (width, heads) in enumerate(sizes):
+        for seed in SEEDS:
+            config = {"model.n_embd": width, "model.n_head": heads, "train.seed": seed}
+            write_run(tmp_path / "trials" / f"s{setting:03d}-seed{seed}", config, 2 - setting / 10)
+    toml = '[sweep]\nobjective = "val.loss"\nat = "last"\ngoal = "minimize"\n'
+    toml += '[[space]]\n"model.n_embd, model.n_head" = []\n'
+    (tmp_path / "sweep.toml").write_text(toml, encoding="utf-8")
+    stems = {path.stem for path in figures.for_directory(tmp_path)}
+    assert stems == {"val.loss-against-model.n_embd+model.n_head", "loss_curves"}
+    figure = figures.against(records.load(tmp_path), "model.n_embd,model.n_head")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "width (channels), attention heads"
+    assert axes.get_xticks().tolist() == [16, 32, 64]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16, 2", "32, 4", "64, 4"]
+    assert any("n_embd, n_head = 64, 4" in text for text in legend_texts(figure))
+    assert len(line_at(axes, "*")) == 1
+    assert_tidy(figure)
+    figure = figures.against(records.load(tmp_path), "model.n_head, model.n_embd")  # 4 heads twice
+    assert figure.axes[0].get_xticks().tolist() == [16, 32, 64]
+    with pytest.raises(InputError, match=r'no run has the key "model.n_heads" .*"model.n_head"'):
+        figures.against(records.load(tmp_path), "model.n_embd,model.n_heads")
+
+
 def test_a_run_that_blows_up_does_not_flatten_the_others(tmp_path):
     write_run(tmp_path / "trials" / "s000-seed0", {"optim.lr": 1e-3, "train.seed": 0}, 2.0)
     write_run(tmp_path / "trials" / "s001-seed0", {"optim.lr": 1.0, "train.seed": 0}, 500.0)

@@ -105,7 +105,9 @@ def torch_lion(torch):
 
     class Lion(torch.optim.Optimizer):
         def __init__(self, params, lr, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
-            super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+            super().__init__(
+                params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+            )
 
         @torch.no_grad()
         def step(self):
@@ -327,7 +329,7 @@ def test_muons_other_group_is_adamw():
 
 def test_muon_refuses_what_is_no_matrix_by_its_position():
     p, q = (Tensor(np.ones(shape), requires_grad=True) for shape in ((3, 2), (3,)))
-    with pytest.raises(InputError, match=r"params\[1\] is of shape \(3,\), Muon takes matrices; others can go"):
+    with pytest.raises(InputError, match=r"params\[1\] is of shape \(3,\), Muon takes matrices; others"):
         optim.Muon([p, q])
     optimizer = optim.Muon([{"params": [p]}, {"params": [q], "muon": False}])
     with pytest.raises(InputError, match=r"params\[0\] is of shape \(3,\)"):
@@ -493,7 +495,7 @@ def test_an_optimizer_without_a_rule():
     p = Tensor(np.ones(3), requires_grad=True)
     optimizer = optim.Optimizer([p], {"lr": 0.1})
     p.grad = np.ones(3)
-    with pytest.raises(NotImplementedError, match=r"Optimizer must define update\(group, param, grad, step, st"):
+    with pytest.raises(NotImplementedError, match=r"Optimizer must define update\(group, param, grad"):
         optimizer.step()
 
 

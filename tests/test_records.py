@@ -104,6 +104,26 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
     assert records.load(tmp_path)[0].records == [train(1), train(2)]
 
 
+def test_a_series_of_an_unknown_name_is_an_error(tmp_path):
+    with records.Recorder(tmp_path) as recorder:
+        recorder.write({"step": 1, "split": "train", "loss": 1.0, "lr": 0.1, "rows": [1, 2]})
+        recorder.write({"step": 1, "split": "val", "loss": 1.0, "accuracy": 0.5})
+    (run,) = records.load(tmp_path)
+    assert run.names() == ["train.loss", "train.lr", "train.rows", "val.loss", "val.accuracy"]
+    message = r'no record of val.acuracy \(did you mean "val.accuracy"\?\); it has train.loss, train.lr'
+    with pytest.raises(InputError, match=message):
+        run.series("val", "acuracy")
+    with pytest.raises(InputError, match=r"train.rows of .* is not one number a record"):
+        run.series("train", "rows")
+    assert len(run.series("train", "grad_norm")[0]) == 0  # a name that there is, not recorded here
+    assert len(run.series("valid", "loss")[0]) == 0  # a run that has not ended may still come to it
+    records.write_summary(tmp_path, {"state": "finished"})
+    (run,) = records.load(tmp_path)
+    with pytest.raises(InputError, match=r'no record of valid.loss \(did you mean "val.loss"\?\)'):
+        run.series("valid", "loss")
+    assert len(records.Run(tmp_path / "nothing").series("val", "los")[0]) == 0
+
+
 def test_damage_in_the_middle_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1\n' + json.dumps(train(2)) + "\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 1, is not a record"):

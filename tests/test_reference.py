@@ -18,7 +18,7 @@ def test_every_kernel_of_the_door_has_its_twin():
     ours = {name for name in vars(reference) if name.endswith(("_forward", "_backward", "_update"))}
     theirs = {name for name in vars(kernels) if name.endswith(("_forward", "_backward", "_update"))}
     assert ours == theirs
-    for name in [*sorted(ours), "matmul", "sum_of_squares", "scale_"]:
+    for name in [*sorted(ours), "matmul", "sum_of_squares", "scale_", "clip_", "array_statistics"]:
         ours, theirs = (
             [
                 (parameter.name, parameter.default)
@@ -284,23 +284,30 @@ OPTIMIZERS = {
     "adamw": ("AdamW", {"lr": 0.1, "weight_decay": 0.3, "maximize": True}, ["m", "v"]),
     "rmsprop": ("RMSprop", {"lr": 0.1, "alpha": 0.9, "weight_decay": 0.02}, ["v"]),
     "rmsprop centred": ("RMSprop", {"lr": 0.1, "momentum": 0.7}, ["v", "momentum_buffer", "grad_avg"]),
+    "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.02}, ["accumulator"]),
+    "adafactor": ("Adafactor", {"lr": 0.1, "weight_decay": 0.3, "d": 1.2}, ["row_var", "col_var"]),
+    "muon": ("Muon", {"lr": 0.1, "nesterov": False, "ns_steps": 4}, ["momentum_buffer"]),
+    "muon wide": ("Muon", {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}, ["momentum_buffer"]),
 }
+STATE_SHAPES = {"row_var": (4, 1), "col_var": (1, 3)}
 
 
 @pytest.mark.parametrize("case", OPTIMIZERS)
-def test_optimizers_are_torchs(case):
+def test_optimizers_are_torchs(case, monkeypatch):
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # Muon's products, here in float64
     name, options, state_names = OPTIMIZERS[case]
-    param = values(4, 3)
-    state = {key: np.zeros((4, 3)) for key in state_names}
+    shape = (3, 5) if case == "muon wide" else (4, 3)
+    param = values(*shape)
+    state = {key: np.zeros(STATE_SHAPES.get(key, shape)) for key in state_names}
     theirs = torch.nn.Parameter(torch.from_numpy(param.copy()))
     flags = {"v_max": "amsgrad", "grad_avg": "centered"}
     extra = {flags[key]: True for key in state_names if key in flags}
     optimizer = getattr(torch.optim, name)([theirs], **options, **extra)
     update = getattr(reference, f"{name.lower()}_update")
     for step in range(1, 6):
-        grad = values(4, 3, seed=step)
-        counted = {"step": step} if name.startswith("Adam") else {}
+        grad = values(*shape, seed=step)
+        counted = {"step": step} if name.startswith("Ada") else {}
         if name == "SGD":
             counted = {"first": step == 1}
         update(param, grad, **state, **options, **counted)

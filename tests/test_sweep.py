@@ -187,7 +187,6 @@ def test_the_resolved_copy_is_a_sweep_of_its_own(small, tmp_path):
         (f'[sweep]\nobjective = "loss"{ONE}', "sweep.objective is 'loss', it must be SPLIT.METRIC"),
         (f'[sweep]\nobjective = "val.los"{ONE}', '"val.los" (did you mean "val.loss"?), it must be one of'),
         (f'[sweep]\nobjective = "val.accuracy"{ONE}', '"val.accuracy", it must be one of train.loss'),
-        ("[train]\nmax_steps = 3", "describes a run, not a sweep; train it with: cllm train "),
         (f"sweep = 3{ONE}", "sweep is 3, it must be a section: [sweep]"),
         (f'base = "base.toml"{ONE}', "base is 'base.toml', it must be a section: [base]"),
         (f"[base]\ntrain = 3{ONE}", "base.train is 3, it must be a section"),
@@ -207,6 +206,21 @@ def test_bad_files_are_refused_in_one_sentence(write, text, message):
         sweep.Sweep.load(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_runs_config_is_sent_to_cllm_train(write):
+    path = write("[train]\nmax_steps = 3")
+    message = f"{path} describes a run, not a sweep; train it with: cllm train {path}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        sweep.Sweep.load(path)
+
+
+def test_a_metric_can_be_the_objective(write, tmp_path):
+    text = SPACE.replace("seeds = [1, 0]", 'seeds = [1]\nobjective = "val.accuracy"\ngoal = "maximize"')
+    plan = sweep.Sweep.load(write(text + '[base.train]\nmetrics = ["accuracy"]\n'))
+    summary = sweep.run(plan, tmp_path / "out", workers=1, progress=Quiet())
+    best = max(run.series("val", "accuracy")[1][-1] for run in records.load(tmp_path / "out"))
+    assert summary["settings"][0]["mean"] == best > 0
 
 
 def test_bad_overrides_and_missing_files(write, tmp_path):
@@ -458,6 +472,12 @@ def test_verdict_names_the_grids_edge(write, best, edge):
     values[best] = [1.0, 1.1]
     _, _, words = conclude(write, values, [0, 1])
     assert re.search(rf"Best optim\.lr = \S+ is at the grid's {edge}\.", words)
+
+
+def test_of_keys_that_move_together_the_first_speaks_for_all(write):
+    space = '[[space]]\n"model.n_embd,model.n_head" = [[16, 2], [32, 4]]\n"optim.lr" = [1e-3, 1e-2]\n'
+    _, _, words = conclude(write, [[4.0], [3.0], [2.0], [1.0]], [0], space=space)
+    assert re.findall(r"Best (\S+) = ", words) == ["model.n_embd", "optim.lr"]
 
 
 def test_edges_are_those_of_the_same_optimizers_settings(write):

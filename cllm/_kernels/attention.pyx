@@ -52,26 +52,6 @@ cdef Py_ssize_t SCORE_BYTES = 256 * 1024    # of a forward block of scores: a qu
 cdef double SERIAL_BELOW = 200_000
 
 
-cdef struct Strides:
-    Py_ssize_t b, h, t          # elements from one batch item, head, position to the next
-    Py_ssize_t s                # of a mask: from one key to the next
-
-
-cdef struct Shape:
-    Py_ssize_t H, group         # query heads; how many of them share a key/value head
-    Py_ssize_t Tq, Tk, D, E     # queries, keys, size of a query or key, size of a value
-    bint causal                 # query i sees keys 0..offset + i
-    double scale
-    const int64_t* offsets      # (B,) positions of the first queries; NULL: 0
-    const double* slopes        # (H,) what each position between query and key takes from a score; NULL: 0
-    const char* mask            # (B, H, Tq, Tk); NULL: none
-    Py_ssize_t mask_size        # bytes of an element: 1 when boolean, else of float or double
-    Strides mask_strides
-    uint64_t key                # of the dropout mask
-    uint32_t keep_limit         # an element stays when its 32 random bits are at most this
-    double keep_scale           # 1 / (1 - dropout_p); 1: no dropout
-
-
 cdef inline floating exp_(floating x) noexcept nogil:
     if floating is float:
         return cllm_expf(x)

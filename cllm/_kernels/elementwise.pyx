@@ -181,10 +181,7 @@ cdef void sigmoid_backward(const floating* dy, const floating* y, floating* dx, 
 
 # All of these share the loop over blocks.
 
-cdef enum:
-    GELU_TANH, GELU, RELU, RELU_SQUARED, SILU, TANH, SIGMOID
-
-# The names of the codes above, in their order.
+# The names of the codes in elementwise.pxd, in their order.
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "relu_squared", "silu", "tanh", "sigmoid")
 
 

@@ -25,7 +25,7 @@ cdef enum:
 cdef Py_ssize_t SERIAL_BELOW = 32768
 
 
-cdef inline Py_ssize_t n_row_blocks(Py_ssize_t N) noexcept nogil:
+cdef Py_ssize_t n_row_blocks(Py_ssize_t N) noexcept nogil:
     return (N + ROW_BLOCK - 1) // ROW_BLOCK
 
 

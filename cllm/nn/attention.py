@@ -5,7 +5,7 @@ import numpy as np
 from cllm import functional as F
 from cllm import kernels
 from cllm.errors import InputError
-from cllm.functional.attention import fused_attention
+from cllm.functional.attention import _mask, fused_attention
 from cllm.nn.layers import Linear, RMSNorm
 from cllm.nn.module import Module
 from cllm.tensor import Tensor
@@ -44,9 +44,7 @@ class MultiHeadAttention(Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(C // H, eps=1e-5), RMSNorm(C // H, eps=1e-5)
 
-    def forward(
-        self, x, context=None, attn_mask=None, is_causal=None, need_weights=False, cache=None
-    ):
+    def forward(self, x, context=None, attn_mask=None, is_causal=None, need_weights=False, cache=None):
         """Attention of x to itself, or to a context.
 
         Parameters
@@ -69,7 +67,14 @@ class MultiHeadAttention(Module):
         Returns
         -------
         (B, T, C) Tensor
-            With need_weights a tuple: it and the weights (B, H, T, S), before dropout.
+                With need_weights a tuple: it and the weights (B, H, T, S), before dropout.
+
+        Raises
+        ------
+        InputError
+            For a context or a mask that does not fit, and a cache beside them.
+        TypeError
+            For a mask that is neither boolean nor of floats.
         """
         if cache is not None and (context is not None or attn_mask is not None or is_causal is False):
             raise InputError("attention with a cache is causal, without a context and without attn_mask")
@@ -84,7 +89,9 @@ class MultiHeadAttention(Module):
             )  # fmt: skip
         else:
             q, k, v = self._heads(x, context)
-            options = {"mask": _mask(attn_mask, q, k), "is_causal": is_causal, "dropout_p": p}
+            options = {"is_causal": is_causal, "dropout_p": p}
+            if attn_mask is not None:
+                options["mask"] = _mask("attention", attn_mask, (*q.shape[:3], k.shape[2]), q.dtype)
             if context is None:
                 offsets = None if cache is None else cache.lengths
                 if self.rotary_base is not None:
@@ -126,9 +133,7 @@ class MultiHeadAttention(Module):
         return tuple(part.transpose(1, 2) for part in (q, k, v))
 
 
-def plain_attention(
-    query, key, value, mask=None, is_causal=False, dropout_p=0.0, slopes=None, offsets=None
-):
+def plain_attention(query, key, value, mask=None, is_causal=False, dropout_p=0.0, slopes=None, offsets=None):
     """softmax(query key^T / sqrt(D)) value on the tape, by array operations: what the fused kernels compute.
 
     Parameters
@@ -153,9 +158,7 @@ def plain_attention(
     """
     (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     if H != G:
-        key, value = (
-            x.unsqueeze(2).expand(B, G, H // G, S, D).reshape(B, H, S, D) for x in (key, value)
-        )
+        key, value = (x.unsqueeze(2).expand(B, G, H // G, S, D).reshape(B, H, S, D) for x in (key, value))
     first = 0 if offsets is None else np.array(offsets)[:, None, None, None]
     distance = first + np.arange(T)[:, None] - np.arange(S)
     seen = distance >= 0 if is_causal else np.ones((T, S), bool)
@@ -174,18 +177,3 @@ def plain_attention(
     if blind.any():
         weights = weights.masked_fill(blind, 0.0)
     return F.dropout(weights, dropout_p) @ value, weights
-
-
-def _mask(mask, query, key):
-    """The mask as a boolean array or one of the queries' dtype; a Tensor that needs a gradient as it is."""
-    if mask is None:
-        return None
-    values = mask.data if isinstance(mask, Tensor) else np.asarray(mask)
-    if values.dtype.kind not in "bf":
-        raise InputError(f"attn_mask is {values.dtype}, it must be boolean or floats")
-    shape = (*query.shape[:3], key.shape[2])
-    if values.ndim > 4 or any(n not in (1, m) for n, m in zip(values.shape[::-1], shape[::-1])):
-        raise InputError(f"attn_mask is {values.shape}, it must broadcast to {shape}")
-    if isinstance(mask, Tensor) and mask.requires_grad:
-        return mask.to(query.dtype)
-    return values if values.dtype == bool else values.astype(query.dtype, copy=False)

@@ -33,7 +33,7 @@ class GatedAttention(nn.Module):
 if __name__ == "__main__":
     config = cllm.GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32)
     model = cllm.GPT(config, attention=GatedAttention, seed=0)
-    tokens = np.random.default_rng(0).integers(0, 65, (4, 16))
+    tokens = np.random.default_rng(0).integers(0, 65, (4, 17))
     with cllm.capture(model, "h.*.attn.weights") as seen:
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
     loss.backward()

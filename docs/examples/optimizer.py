@@ -14,6 +14,8 @@ from cllm import optim
 
 
 class SignSGD(optim.Optimizer):
+    elementwise = True  # neighbouring parameters may come as one flat array
+
     def __init__(self, params, lr=1e-4, momentum=0.9, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
