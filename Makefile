@@ -1,4 +1,4 @@
-# make quickstart | test | parity | isas | lint | bench | clean.  Each target sets .venv up by itself.
+# make quickstart | test | parity | isas | sanitize | lint | bench | clean.  Each target sets .venv up by itself.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(shell find cllm -name '*.pyx' -o -name
 # Prints the requirements of one extra, so that adding it does not compile the kernels again.
 EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
 
-.PHONY: quickstart test parity isas lint bench clean
+.PHONY: quickstart test parity isas sanitize lint bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/cllm quickstart
@@ -23,6 +23,9 @@ parity: $(VENV)/installed $(VENV)/extra-test $(VENV)/extra-parity
 isas: $(VENV)/installed $(VENV)/extra-test
 	for isa in $$($(BIN)/python -c 'from cllm import kernels; print(*kernels.available_isas[1:])'); do \
 		CLLM_ISA=$$isa $(BIN)/python -m pytest $(wildcard tests/test_kernels_*.py) || exit 1; done
+
+sanitize: $(VENV)/installed $(VENV)/extra-test
+	tests/sanitize.sh $(BIN)/python
 
 lint: $(VENV)/extra-test
 	$(BIN)/ruff check .

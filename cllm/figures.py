@@ -5,6 +5,7 @@ and touch no global state of matplotlib. Colours and fonts come from `cllm.mplst
 """
 
 import functools
+import itertools
 import math
 import tomllib
 from pathlib import Path
@@ -44,7 +45,8 @@ AXIS_NAMES = {
     "train.seed": "seed",
 }
 SPLIT_NAMES = {"train": "training", "val": "validation"}
-LINESTYLES = ("--", ":", "-.", "-", (0, (5, 1, 1, 1, 1, 1)))
+LINESTYLES = {"train": "-", "val": "--"}
+OTHER_LINESTYLES = (":", "-.", (0, (5, 1, 1, 1, 1, 1)))  # of further splits, in turn
 
 
 def _styled(function):
@@ -206,7 +208,8 @@ def metric_curves(runs, metrics=None):
     chosen = found[:MAX_PANELS]
     groups = _by_setting(runs, over=("train.seed",))
     splits = list(dict.fromkeys(split for metric in chosen for split in splits_of[metric]))
-    styles = {split: LINESTYLES[index % len(LINESTYLES)] for index, split in enumerate(splits)}
+    others = itertools.cycle(OTHER_LINESTYLES)
+    styles = {split: LINESTYLES.get(split) or next(others) for split in splits}
 
     figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(chosen)))
     panels = np.atleast_1d(figure.subplots(len(chosen), 1, sharex=True))

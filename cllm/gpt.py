@@ -258,8 +258,8 @@ class GPT(nn.Module):
         tokens = self._tokens(tokens)
         if cache is None:
             return self._features(tokens, None)
-        if self.training:
-            raise InputError("a cache needs a model in eval mode, this one is in training mode: model.eval()")
+        if self.training and self.config.dropout:
+            raise InputError("a cache and dropout do not go together: call model.eval() first")
         cache.check(self, tokens.shape)
         with no_grad():
             x = self._features(tokens, cache)
@@ -298,8 +298,8 @@ class GPT(nn.Module):
         tokens : (B, T) integer array
             T at most block_size, values in [0, vocab_size).
         cache : nn.Cache, optional
-            From `new_cache`: tokens continue the sequences that it holds and are added to them. In eval mode
-            only; nothing is recorded for gradients.
+            From `new_cache`: tokens continue the sequences that it holds and are added to them. Not with
+            dropout; nothing is recorded for gradients.
 
         Returns
         -------
@@ -309,7 +309,7 @@ class GPT(nn.Module):
         ------
         InputError
             Before anything changes: for more tokens than block_size or the cache has room for, a cache of
-            another model or batch size, or one in training mode.
+            another model or batch size, or in training mode with dropout.
         """
         x = self.features(tokens, cache)
         if cache is None:

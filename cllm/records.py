@@ -157,11 +157,13 @@ class Run:
 
     def names(self):
         """All SPLIT.KEY that the records have, "step" and "split" left out, in order of appearance."""
-        return list(
-            dict.fromkeys(
-                f"{record['split']}.{key}" for record in self.records for key in record
-                if key not in ("step", "split")
-            )
+        return list(self._names)
+
+    @cached_property
+    def _names(self):
+        return dict.fromkeys(
+            f"{record['split']}.{key}" for record in self.records for key in record
+            if key not in ("step", "split")
         )  # fmt: skip
 
     def _check_known(self, split, key):

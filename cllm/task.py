@@ -105,10 +105,13 @@ def arguments(key, reference):
         Name -> default, `inspect.Parameter.empty` where there is none. None when it takes any (``**kwargs``).
     """
     parameters = list(inspect.signature(function(key, reference)).parameters.values())
-    given = 1 if key == "build" else 2  # config; config and run
+    given = {"build": ("config",), "run": ("config", "run")}[key]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise InputError(f"task.{key}: {reference} must take {' and '.join(given)} before its own arguments")
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
-    return {p.name: p.default for p in parameters[given:] if p.kind is not p.VAR_POSITIONAL}
+    return {p.name: p.default for p in parameters[len(given) :] if p.kind is not p.VAR_POSITIONAL}
 
 
 class Task:

@@ -385,8 +385,6 @@ def _task(config, text=None):
 def _metrics(config, task):
     """The metrics of [train] metrics and of the task, by name."""
     found = {name: metrics.build(name, task.tokenizer) for name in config.train.metrics}
-    if task.loss is None:
-        found.pop("perplexity", None)  # it follows from the loss and is there anyway
     for name in task.metrics:
         if name in found:
             raise InputError(f'train.metrics has "{name}", and so has the task: leave out one')

@@ -41,8 +41,8 @@ def assert_close(result, expected, dtype):
 
 
 def assert_torchs(result, theirs, size=0.0):
-    """A result is torch's: within 2e-5 (1e-12 in float64) of its norm, or of `size`, the norm of the terms that it
-    sums; or within 4 units in the last place of 1 everywhere."""
+    """A result is torch's: to 2e-5 (1e-12 in float64) of its norm or of `size`, the norm of the terms that it
+    sums; or each element to 4 units in the last place of 1."""
     theirs = theirs.detach().numpy()
     assert result.shape == theirs.shape
     assert result.dtype == theirs.dtype

@@ -156,9 +156,8 @@ def test_refusals_change_nothing():
     ]:
         with pytest.raises(InputError, match=f"^rewind: {message}"):
             cache.rewind(n)
-    model.train()
-    refused("^a cache needs a model in eval mode, this one is in training mode")
-    model.eval()
+    dropping = model_of({"dropout": 0.1}).train()
+    refused("^a cache and dropout do not go together", model=dropping, cache=dropping.new_cache(3))
     for layer, keys in zip(cache.layers, before[0]):
         np.testing.assert_array_equal(layer.keys, keys)
     np.testing.assert_array_equal(cache.lengths, before[1])

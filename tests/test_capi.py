@@ -16,11 +16,13 @@ from cllm import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "own_kernel"
-DECLARED = re.findall(r"^cdef (int|void) (\w+)\((.*?)\) noexcept nogil$", (ROOT / "cllm" / "capi.pxd").read_text(), re.M | re.S)
+CAPI = (ROOT / "cllm" / "capi.pxd").read_text()
+DECLARED = re.findall(r"^cdef (int|void) (\w+)\((.*?)\) noexcept nogil$", CAPI, re.MULTILINE | re.DOTALL)
+OUT = object()  # stands for an output among the arguments
 
 
 def covers():
-    """The source of a module with a Python function of the same name for each function, pointers as integers."""
+    """The source of a module with a Python function for each of them, pointers being integers."""
     lines = ["# cython: language_level=3", "from libc.stdint cimport int64_t"]
     for result, name, text in DECLARED:
         lines.append(f"from cllm.capi cimport {name} as c_{name}")
@@ -63,7 +65,7 @@ def results_of_both(module, dtype, n_threads):
     found = {}
 
     def run(name, expected, *arguments):
-        """The function's outputs are new arrays for each `None` of its leading arguments."""
+        """Calls the function with new arrays like those of `expected` for each OUT."""
         expected = expected if isinstance(expected, tuple) else (expected,)
         outputs = [np.full_like(x, np.nan) for x in expected]
         waiting = iter(outputs)
@@ -121,9 +123,6 @@ def results_of_both(module, dtype, n_threads):
         getattr(module, "adamw_update" + suffix)(param, dy.ctypes.data, m, v, x.size, *scalars, n_threads)
     found["adamw_update" + suffix] = tuple(ours), tuple(theirs)
     return found
-
-
-OUT = object()
 
 
 def assert_same_bits():

@@ -119,10 +119,15 @@ def test_modules_of_a_users_offer_values():
         "input": 1, "a.half": 0.5, "a": 2, "b.half": 1, "b.square": 4,
     }  # fmt: skip
     assert not net.a.observed("square") and not net.a.observed()
-    with cllm.capture(net, "a.*") as outer, cllm.capture(net, "b.h*") as inner:  # several at once
-        net(x)
-    assert list(outer) == ["a.half", "a.square"] and list(inner) == ["b.half"]
-    assert seen["a"] is not x.data
+    with cllm.capture(net, "a.*") as outer:
+        with cllm.capture(net, "b.h*") as inner:  # several at once
+            net(x)
+            assert net.b.observed("half") and not net.b.observed("square") and not net.b.observed()
+        assert list(outer) == ["a.half", "a.square"] and list(inner) == ["b.half"]
+        net(x * 3)
+    assert outer["a.half"][0, 0] == 1.5 and inner["b.half"][0, 0] == 1
+    x.data[:] = 5
+    assert seen["input"][0, 0] == 1  # a copy
 
 
 def test_it_ends_when_the_context_does_whatever_happens():

@@ -145,7 +145,7 @@ def test_metric_curves_has_a_panel_a_metric_and_a_kind_of_line_a_split(tmp_path)
     figure = figures.metric_curves(runs)
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy", "f1"]  # and no matrix
     loss, accuracy, _ = figure.axes
-    assert [line.get_linestyle() for line in loss.get_lines()] == ["--", ":", "-."]  # and of training
+    assert [line.get_linestyle() for line in loss.get_lines()] == ["-", "--", ":"]  # and of training
     val, seen = accuracy.get_lines()
     np.testing.assert_allclose(val.get_ydata(), np.array([0.25, 0.5, 0.75, 1]) - 0.01)
     np.testing.assert_allclose(seen.get_ydata(), val.get_ydata() - 0.1)

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "metrics": {"kernels", "tensor"},
     "nn": {"functional", "kernels", "rng", "tensor"},
     "optim": {"kernels", "userfile"},
+    "parity": {"kernels", "reference"},
     "progress": set(),
     "records": {"files"},
     "reference": set(),

@@ -67,12 +67,11 @@ def assert_as_reference(results, expected, dout, dtype):
 
 def make_mask(kind, shape, dtype, seed):
     """A mask of one of the kinds; about half of a boolean or "-inf" one excludes."""
+    mask = np.asarray(values(*shape, seed=seed))
     if kind == "bool":
-        return values(*shape, seed=seed) > 0
-    mask = values(*shape, dtype=dtype, seed=seed)
-    if kind == "-inf":
-        mask[values(*shape, seed=seed + 1) > 0] = -np.inf
-    return mask
+        return mask > 0
+    excluded = kind == "-inf" and values(*shape, seed=seed + 1) > 0
+    return np.where(excluded, -np.inf, mask).astype(dtype)
 
 
 SIZES = st.one_of(st.sampled_from([0, 1, 2, 17, 64, 65, 129]), st.integers(0, 70))
@@ -152,11 +151,10 @@ def padding(B, S, first, end):
 )
 def test_masks_with_blocks_that_are_skipped(mask, is_causal):
     arrays = problem(2, 2, 200, 200, 8, np.float64, G=1)
-    results = both_passes(*arrays, is_causal=is_causal, mask=mask)
-    expected = reference_passes(*arrays, is_causal=is_causal, mask=mask)
-    assert_as_reference(results, expected, arrays[3], np.float64)
-    as_float = np.where(mask, 0.0, -np.inf)
-    assert same_bits(both_passes(*arrays, is_causal=is_causal, mask=as_float), results)
+    options = {"is_causal": is_causal, "dropout_p": 0.3, "key": 8}
+    results = both_passes(*arrays, mask=mask, **options)
+    assert_as_reference(results, reference_passes(*arrays, mask=mask, **options), arrays[3], np.float64)
+    assert same_bits(both_passes(*arrays, mask=np.where(mask, 0.0, -np.inf), **options), results)
 
 
 @pytest.mark.parametrize("T, S", [(129, 129), (65, 100), (100, 65)])

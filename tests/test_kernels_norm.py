@@ -230,7 +230,7 @@ def test_gradients_are_those_of_finite_differences(name, weighted):
 
 
 @pytest.mark.parametrize("name", ["layer", "rms"])
-@settings(max_examples=1000)
+@settings(max_examples=25)
 @given(
     shape=array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=40),
     channels=st.integers(2, 70),
@@ -239,7 +239,7 @@ def test_gradients_are_those_of_finite_differences(name, weighted):
     eps=st.sampled_from([1e-3, 1e-5]),
 )
 def test_norms_are_torchs(name, shape, channels, dtype, seed, eps):
-    """Errors of gradients count against the terms that they sum: in dx of 2 channels nothing remains of these."""
+    """Errors of gradients count against the terms that they sum: in dx of 2 channels these cancel."""
     torch = pytest.importorskip("torch")
     shape = (*shape[:-1], channels)
     arrays = [values(*n, dtype=dtype, seed=seed + i) for i, n in enumerate((shape, (channels,), (channels,)))]

@@ -17,6 +17,7 @@ MASKS = {
     "float": np.random.default_rng(3).standard_normal((B, H, T, T)),
     "excluding": np.where(np.random.default_rng(4).random((T, T)) > 0.5, 0.5, -np.inf),
     "blind": np.zeros((T, T), bool),
+    "blind row": np.where(np.arange(T)[:, None] == 2, -np.inf, 0.5),
 }
 
 

@@ -164,8 +164,8 @@ def test_sizes_that_threads_share(operation):
     check(parity.Case(operation, operation.large, operation.options[0], "float64"))
 
 
-# Where the reference says how far a NaN goes: through products with 0 (of dropped elements, the softmax of one
-# key, ignored rows, units that are off, the sine of 0, a weight decay of 0) and clips that clip nothing.
+# Where the reference says how far a NaN goes: through products with 0 (of dropped elements, the softmax of
+# one key, ignored rows, units that are off, the sine of 0, a weight decay of 0) and clips that clip nothing.
 # Elsewhere it goes where a finite change goes.
 BY_REFERENCE = {
     "dropout", "rotary", "attention", "packed_attention", "linear_cross_entropy", "feed_forward",
@@ -227,3 +227,30 @@ def test_every_kernel_has_a_row():
     assert ours <= covered, f"add to cllm.parity.TABLE: {sorted(ours - covered)}"
     assert all(hasattr(kernels, name) for name in covered)
     assert len({operation.name for operation in parity.TABLE}) == len(parity.TABLE)
+
+
+@OPERATIONS
+def test_errors_against_torch_and_float64(operation):
+    """What `python -m cllm.parity` prints."""
+    torch = pytest.importorskip("torch", reason="needs the parity extra (torch==2.13.0)")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two pools of threads would wait for each other
+    try:
+        worst = parity.measure(operation)
+    finally:
+        torch.set_num_threads(before)
+    for column, (error, case) in worst.items():
+        assert error <= parity.BOUNDS.get(column, parity.TORCH_BOUND), f"{column}: {case}"
+
+
+def test_prints_the_table(capsys, monkeypatch):
+    assert parity.main(["relu", "scale_"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["operation", "relu", "scale_"]
+    assert parity.main(["relu", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("| relu | 0.0e+00 | 0.0e+00 | ")
+    assert parity.main(["rellu"]) == 2
+    assert capsys.readouterr().err == "no operation 'rellu' (did you mean \"relu\"?)\n"
+    monkeypatch.setitem(parity.BOUNDS, "float32", 1e-12)
+    assert parity.main(["gelu"]) == 1
+    assert capsys.readouterr().err.startswith("over its bound: gelu B=")

@@ -1,6 +1,7 @@
 """Tasks of a user's own: data, loss, metrics, callbacks, whole loops; the experiment on modular addition."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from cllm import config as configs
 from cllm.data import Examples
 from cllm.data.batch import feed, order
 from cllm.errors import InputError
+from cllm.lifecycle import user_files
 from cllm.progress import Silent
 from cllm.task import Task, language_loss
 
@@ -342,6 +344,28 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size):
     assert own == pytest.approx({"loss": (model(data.all.inputs).data ** 2).mean(), "tokens": 300}, rel=1e-6)
 
 
+def test_a_streaming_metric_is_given_what_counts():
+    class Seen:
+        def reset(self):
+            self.n, self.masks = 0, []
+
+        def update(self, outputs, targets, mask):
+            self.n += len(targets)
+            self.masks.append(mask)
+
+        def compute(self):
+            return {"n": self.n}
+
+    seen, data = Seen(), cells()
+    ignored = np.where(data.all.targets == 2, -100, data.all.targets)
+    for mask, expected in ((data.all.mask, data.all.mask & (ignored != -100)), (None, ignored != -100)):
+        result = cllm.evaluate(tiny_gpt(), Examples(data.all.inputs, ignored, mask), 8, metrics={"s": seen})
+        assert result["s.n"] == 20
+        np.testing.assert_array_equal(np.concatenate(seen.masks), expected)
+    cllm.evaluate(tiny_gpt(), Examples(data.all.inputs, data.all.targets), metrics={"s": seen})
+    assert seen.masks == [None]
+
+
 def test_label_smoothing_and_z_loss_are_of_training_alone(tmp_path, text_file):
     base = {
         **SHORT, "data.source": str(text_file), "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16,
@@ -415,11 +439,11 @@ def test_what_a_task_returns_is_checked(folder, old, new, message):
         ({"train__metrics": ["bits_per_byte"]}, "byte_lengths is None"),
         ({"task__build": "my.py:near"}, "task.batch is missing, my.py:near has no default for it"),
         ({"task__build": "my.py:np"}, "task.build is 'my.py:np', which is a module, not a function"),
-        ({"task__build": "my.py:Smooth"}, "Smooth"),
+        ({"task__build": "my.py:Smooth"}, "task.build: my.py:Smooth must take config before its own arg"),
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing_behind(folder, overrides, message):
-    with pytest.raises((InputError, TypeError), match=message):
+    with pytest.raises(InputError, match=message):
         fit("run", **overrides)
     assert not Path("run").exists()
 
@@ -467,6 +491,18 @@ def test_a_changed_file_is_refused_with_the_way_on(folder):
     (folder / "my.py").write_text(MINE + "# a remark\n")
     with pytest.raises(InputError, match=r"my.py has changed since"):
         train.resume("run", {"train.max_steps": 30}, progress=Silent())
+
+
+def test_all_files_of_a_run_are_watched(folder):
+    """An optimizer's and an attention's, too."""
+    (folder / "attention.py").write_text((ROOT / "docs/examples/attention_variant.py").read_text())
+    (folder / "rules.py").write_text((ROOT / "docs/examples/optimizer.py").read_text())
+    keys = {"optim.name": "rules.py:SignSGD", "model.attention": "attention.py:GatedAttention"}
+    config = configs.load(None, keys)
+    assert user_files(config) == {
+        name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in ("rules.py", "attention.py")
+    }
+    assert user_files(configs.load()) == {}
 
 
 def test_a_run_without_a_checkpoint_starts_again_with_the_new_file(folder):

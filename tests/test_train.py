@@ -13,7 +13,7 @@ import pytest
 
 import cllm
 from cllm import config as configs
-from cllm import data, kernels, optim, progress, records, schedules, train
+from cllm import data, kernels, optim, progress, records, rng, schedules, train
 from cllm.errors import InputError
 from cllm.progress import Silent
 from cllm.train import Trainer, evaluate, load, resume
@@ -174,6 +174,28 @@ def test_by_hand_equals_trainer(tmp_path, text_path):
         optimizer.zero_grad()
     for name, array in trainer.model.state_dict().items():
         np.testing.assert_allclose(model.state_dict()[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_micro_batches_by_hand_give_the_same_bits(tmp_path, text_path):
+    """With dropout, whose masks follow from (seed, step, micro-batch)."""
+    trainer, _ = fit(tiny(text_path, tmp_path / "run", train__grad_accum=3, train__max_steps=3))
+    text = data.load(text_path)
+    model = cllm.GPT(trainer.model.config, seed=1337)
+    optimizer = optim.build(trainer.config.optim, model.named_parameters())
+    for step, record in enumerate(r for r in untimed(tmp_path / "run") if r["split"] == "train"):
+        batches = [text.train.batch(3 * step + micro, 4, 16, 1337) for micro in range(3)]
+        total = 0.0
+        for micro, (tokens, targets) in enumerate(batches):
+            rng.set_stream(1337, step, micro)
+            loss = model.loss(tokens, targets, reduction="sum")
+            total += loss.item()
+            (loss * (1.0 / (3 * 4 * 16))).backward()
+        assert record["loss"] == total / (3 * 4 * 16)
+        assert record["grad_norm"] == optim.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = record["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_grad_accum_equals_the_big_batch(tmp_path, text_path):

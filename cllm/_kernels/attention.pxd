@@ -29,5 +29,6 @@ cdef int forward_heads(const floating* q, Strides qs, const floating* k, Strides
 cdef int backward_heads(const floating* dout, Strides gs, const floating* q, Strides qs, const floating* k,
                         Strides ks, const floating* v, Strides vs, const floating* out, Strides os,
                         const floating* lse, floating* dq, Strides dqs, floating* dk, Strides dks,
-                        floating* dv, Strides dvs, Py_ssize_t B, const Shape* shape, int n_threads) noexcept nogil
+                        floating* dv, Strides dvs, Py_ssize_t B, const Shape* shape,
+                        int n_threads) noexcept nogil
 cdef int threads_for(const Shape* shape, Py_ssize_t B, int n_threads) noexcept nogil

@@ -121,10 +121,12 @@ cdef void relu_forward(const floating* x, floating* out, Py_ssize_t n) noexcept 
 
 cdef void relu_backward(const floating* dy, const floating* x, floating* dx, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    cdef floating v
+    cdef floating v, g
     for i in range(n):
-        v = dy[i] if x[i] > 0 else x[i]
-        dx[i] = <floating>0 if x[i] <= 0 else v
+        v = x[i]
+        g = dy[i]       # loaded in any case: a conditional load would not vectorise without AVX
+        g = g if v > 0 else v
+        dx[i] = <floating>0 if v <= 0 else g
 
 
 cdef void relu_squared_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
@@ -138,8 +140,11 @@ cdef void relu_squared_forward(const floating* x, floating* out, Py_ssize_t n) n
 cdef void relu_squared_backward(const floating* dy, const floating* x, floating* dx,
                                 Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
+    cdef floating v, g
     for i in range(n):
-        dx[i] = <floating>0 if x[i] <= 0 else dy[i] * (<floating>2 * x[i])
+        v = x[i]
+        g = dy[i] * (<floating>2 * v)
+        dx[i] = <floating>0 if v <= 0 else g
 
 
 cdef void silu_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:

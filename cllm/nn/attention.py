@@ -67,7 +67,7 @@ class MultiHeadAttention(Module):
         Returns
         -------
         (B, T, C) Tensor
-                With need_weights a tuple: it and the weights (B, H, T, S), before dropout.
+            With need_weights a tuple: it and the weights (B, H, T, S), before dropout.
 
         Raises
         ------

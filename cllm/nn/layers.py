@@ -12,7 +12,7 @@ from cllm.tensor import Parameter
 class Linear(Module):
     """y = x weight^T + bias.
 
-    Starts uniform in +-1/sqrt(in_features), as torch does; inside a GPT as GPT-2 does.
+    Starts uniform in +-1/sqrt(in_features), as torch does; inside a GPT as its config.init says.
     """
 
     def __init__(self, in_features, out_features, bias=True, dtype=np.float32):
@@ -31,7 +31,7 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """A table of rows. Starts normal with deviation 1, as torch does; inside a GPT as GPT-2 does."""
+    """A table of rows. Starts normal with deviation 1, as torch does; inside a GPT with 0.02, as GPT-2."""
 
     def __init__(self, num_embeddings, embedding_dim, dtype=np.float32):
         super().__init__()

@@ -6,7 +6,8 @@ out[b, h] = sigmoid(gate[h]) * attention(q, k, v)[b, h], for float32 and float64
 import numpy as np
 
 from cython cimport floating
-from cllm.capi cimport attention_backward_f32, attention_backward_f64, attention_forward_f32, attention_forward_f64
+from cllm.capi cimport attention_backward_f32, attention_backward_f64
+from cllm.capi cimport attention_forward_f32, attention_forward_f64
 from libc.math cimport exp, sqrt
 
 
@@ -47,20 +48,22 @@ def forward(const floating[:, :, :, ::1] q, const floating[:, :, :, ::1] k, cons
     cdef int status
     with nogil:
         if floating is float:
-            status = attention_forward_f32(&q[0, 0, 0, 0], &k[0, 0, 0, 0], &v[0, 0, 0, 0], &attended[0, 0, 0, 0],
-                                           &lse[0, 0, 0], B, H, H, T, T, D, D, True, 1 / sqrt(D), n_threads)
+            status = attention_forward_f32(
+                &q[0, 0, 0, 0], &k[0, 0, 0, 0], &v[0, 0, 0, 0], &attended[0, 0, 0, 0], &lse[0, 0, 0],
+                B, H, H, T, T, D, D, True, 1 / sqrt(D), n_threads)
         else:
-            status = attention_forward_f64(&q[0, 0, 0, 0], &k[0, 0, 0, 0], &v[0, 0, 0, 0], &attended[0, 0, 0, 0],
-                                           &lse[0, 0, 0], B, H, H, T, T, D, D, True, 1 / sqrt(D), n_threads)
+            status = attention_forward_f64(
+                &q[0, 0, 0, 0], &k[0, 0, 0, 0], &v[0, 0, 0, 0], &attended[0, 0, 0, 0], &lse[0, 0, 0],
+                B, H, H, T, T, D, D, True, 1 / sqrt(D), n_threads)
         apply_gates(&attended[0, 0, 0, 0], &gate[0], &out[0, 0, 0, 0], B, H, T * D)
     if status != 0:
         raise MemoryError
     return out_array, attended_array, lse_array
 
 
-def backward(const floating[:, :, :, ::1] dout, const floating[:, :, :, ::1] q, const floating[:, :, :, ::1] k,
-             const floating[:, :, :, ::1] v, const floating[::1] gate, const floating[:, :, :, ::1] attended,
-             const floating[:, :, ::1] lse, int n_threads):
+def backward(const floating[:, :, :, ::1] dout, const floating[:, :, :, ::1] q,
+             const floating[:, :, :, ::1] k, const floating[:, :, :, ::1] v, const floating[::1] gate,
+             const floating[:, :, :, ::1] attended, const floating[:, :, ::1] lse, int n_threads):
     """Gradients of `forward` -> dq, dk, dv, dgate."""
     cdef Py_ssize_t B = q.shape[0], H = q.shape[1], T = q.shape[2], D = q.shape[3]
     dtype = np.float32 if floating is float else np.float64
@@ -76,13 +79,13 @@ def backward(const floating[:, :, :, ::1] dout, const floating[:, :, :, ::1] q, 
         if floating is float:
             status = attention_backward_f32(
                 &dattended[0, 0, 0, 0], &q[0, 0, 0, 0], &k[0, 0, 0, 0], &v[0, 0, 0, 0], &attended[0, 0, 0, 0],
-                &lse[0, 0, 0], &dq[0, 0, 0, 0], &dk[0, 0, 0, 0], &dv[0, 0, 0, 0], B, H, H, T, T, D, D, True,
-                1 / sqrt(D), n_threads)
+                &lse[0, 0, 0], &dq[0, 0, 0, 0], &dk[0, 0, 0, 0], &dv[0, 0, 0, 0],
+                B, H, H, T, T, D, D, True, 1 / sqrt(D), n_threads)
         else:
             status = attention_backward_f64(
                 &dattended[0, 0, 0, 0], &q[0, 0, 0, 0], &k[0, 0, 0, 0], &v[0, 0, 0, 0], &attended[0, 0, 0, 0],
-                &lse[0, 0, 0], &dq[0, 0, 0, 0], &dk[0, 0, 0, 0], &dv[0, 0, 0, 0], B, H, H, T, T, D, D, True,
-                1 / sqrt(D), n_threads)
+                &lse[0, 0, 0], &dq[0, 0, 0, 0], &dk[0, 0, 0, 0], &dv[0, 0, 0, 0],
+                B, H, H, T, T, D, D, True, 1 / sqrt(D), n_threads)
     if status != 0:
         raise MemoryError
     return dq_array, dk_array, dv_array, dgate_array
