@@ -57,9 +57,6 @@ class LoopRun:
         step = _step(step)
         if step < self._logged:
             raise InputError(f"run.log: step is {step} after {self._logged}, steps must not go back")
-        for name in ("step", "split"):
-            if name in values:
-                raise InputError(f"run.log: {name} is given twice")
         if not isinstance(split, str) or not split or "." in split:
             raise InputError(f"run.log: split is {split!r}, it must be a word without a dot")
         for name, value in values.items():

@@ -29,7 +29,7 @@ def build(config, p=53, train_share=0.5):
     order = np.random.default_rng(config.train.seed).permutation(p * p)
     seen, unseen = np.split(order, [round(train_share * p * p)])
     if not len(seen) or not len(unseen):
-        raise cllm.InputError(f"task.train_share is {train_share:g}, which leaves one side of the split empty")
+        raise cllm.InputError(f"task.train_share is {train_share:g}, which leaves one side empty")
     everything = Examples(inputs, targets, mask)
     return cllm.Task(
         model=cllm.GPT(replace(config.model, vocab_size=p + 1, block_size=3), seed=config.train.seed),

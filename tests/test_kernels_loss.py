@@ -319,7 +319,7 @@ def test_inputs_and_out(dtype):
             )[i],
             lse, logits[0, :6],
         )  # fmt: skip
-    overlapping = np.empty((7, 12), dtype)
+    overlapping = np.zeros((7, 12), dtype)
     shifted = overlapping[:6]
     shifted[...] = logits
     assert_refuses_bad_out(
@@ -423,6 +423,8 @@ def test_refuses_bad_options_before_anything_is_written():
         arguments = row.copy(), logits, np.zeros((4, 4), np.float32), targets, row.copy()
         words = f"linear_cross_entropy_backward: {message}"
         assert_refuses(kind, words, backward, *arguments, out=(table, None), **options)
+        words = f"linear_cross_entropy_forward: {message}"
+        assert_refuses(kind, words, kernels.linear_cross_entropy_forward, *arguments[1:4], **options)
     forward = kernels.soft_cross_entropy_forward
     shapes = "logits is (3, 4), probabilities is (5, 4); they must be (N, V), (N, V)"
     assert_refuses(ValueError, f"soft_cross_entropy_forward: {shapes}", forward, logits, wide, out=pair)

@@ -250,7 +250,7 @@ def adafactor_arrays(shape, dtype, seed=0):
     return copies(arrays, dtype)
 
 
-ADAFACTOR = {"step": 3, "lr": 0.3, "weight_decay": 0.1, "eps": (1e-7, 1e-3)}
+ADAFACTOR = {"step": 3, "lr": 0.6, "weight_decay": 0.1, "eps": (1e-7, 1e-3)}
 # One row or column; more rows than blocks of them; long rows; matrices in a batch; vectors.
 ADAFACTOR_SHAPES = [
     (1, 1), (1, 37), (37, 1), (33, 65), (2011, 3), (5, 9001), (130, 700), (3, 4, 5), (2, 0, 3), (0, 4),

@@ -285,7 +285,7 @@ OPTIMIZERS = {
     "rmsprop": ("RMSprop", {"lr": 0.1, "alpha": 0.9, "weight_decay": 0.02}, ["v"]),
     "rmsprop centred": ("RMSprop", {"lr": 0.1, "momentum": 0.7}, ["v", "momentum_buffer", "grad_avg"]),
     "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.02}, ["accumulator"]),
-    "adafactor": ("Adafactor", {"lr": 0.1, "weight_decay": 0.3, "d": 1.2}, ["row_var", "col_var"]),
+    "adafactor": ("Adafactor", {"lr": 0.6, "weight_decay": 0.3, "d": 1.2}, ["row_var", "col_var"]),
     "muon": ("Muon", {"lr": 0.1, "nesterov": False, "ns_steps": 4}, ["momentum_buffer"]),
     "muon wide": ("Muon", {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}, ["momentum_buffer"]),
 }
