@@ -40,9 +40,9 @@ def assert_close(result, expected, dtype):
         assert largest <= 4 * np.finfo(dtype).eps or error(result, expected) < TOLERANCE[np.dtype(dtype)]
 
 
-def assert_torchs(result, theirs, size=0.0):
+def assert_torchs(result, theirs, size=0.0, unit=1.0):
     """A result is torch's: to 2e-5 (1e-12 in float64) of its norm or of `size`, the norm of the terms that it
-    sums; or each element to 4 units in the last place of 1."""
+    sums; or each element to 4 units in the last place of `unit`, the size of its operands."""
     theirs = theirs.detach().numpy()
     assert result.shape == theirs.shape
     assert result.dtype == theirs.dtype
@@ -51,7 +51,7 @@ def assert_torchs(result, theirs, size=0.0):
     tolerance = 2e-5 if result.dtype == np.float32 else 1e-12
     size = max(np.linalg.norm(theirs.astype(np.float64).ravel()), size)
     largest = np.abs(difference).max(initial=0)  # NaN fails both
-    assert largest <= 4 * eps or np.linalg.norm(difference.ravel()) <= tolerance * size
+    assert largest <= 4 * eps * unit or np.linalg.norm(difference.ravel()) <= tolerance * size
 
 
 def numeric_gradient(function, arrays, i, dout, step=1e-6):
