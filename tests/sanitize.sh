@@ -11,9 +11,12 @@ tar --exclude='*.so' --exclude=__pycache__ -cf - cllm tests setup.py pyproject.t
 cd "$scratch"
 CLLM_DEBUG=1 "$python" setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 
-# The interpreter is not built with the sanitizers, so their library must be loaded first. Python's own small-object
-# allocator would hide overruns; an interpreter that exits leaks on purpose. Any finding ends the run.
+# The interpreter is not built with the sanitizers, so their library must be loaded first. Python's own
+# small-object allocator would hide overruns; an interpreter that exits leaks on purpose. A finding ends the run;
+# it goes to a file, since pytest holds what a dying process wrote to stderr.
 export PYTHONMALLOC=malloc PYTHONPATH="$scratch" CLLM_TEST_EXAMPLES="${CLLM_TEST_EXAMPLES:-4}"
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export ASAN_OPTIONS="detect_leaks=0:log_path=$scratch/finding"
+export UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$scratch/finding"
 LD_PRELOAD="$(gcc -print-file-name=libasan.so)" \
-    "$python" -m pytest -p no:cacheprovider tests/test_kernels_*.py tests/test_properties.py
+    "$python" -m pytest -p no:cacheprovider tests/test_kernels_*.py tests/test_properties.py ||
+    { cat finding.* 2> /dev/null; exit 1; }
