@@ -13,10 +13,8 @@ CLLM_DEBUG=1 "$python" setup.py build_ext --inplace > build.log 2>&1 || { cat bu
 
 # The interpreter is not built with the sanitizers, so their library must be loaded first. Python's own
 # small-object allocator would hide overruns; an interpreter that exits leaks on purpose. A finding ends the run;
-# it goes to a file, since pytest holds what a dying process wrote to stderr.
+# --capture=sys lets it through, which pytest would else hold back.
 export PYTHONMALLOC=malloc PYTHONPATH="$scratch" CLLM_TEST_EXAMPLES="${CLLM_TEST_EXAMPLES:-4}"
-export ASAN_OPTIONS="detect_leaks=0:log_path=$scratch/finding"
-export UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$scratch/finding"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$(gcc -print-file-name=libasan.so)" \
-    "$python" -m pytest -p no:cacheprovider tests/test_kernels_*.py tests/test_properties.py ||
-    { cat finding.* 2> /dev/null; exit 1; }
+    "$python" -m pytest --capture=sys -p no:cacheprovider tests/test_kernels_*.py tests/test_properties.py
