@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _HOMES = {
     "Batch": "data",
+    "Config": "config",
     "GPT": "gpt",
     "GPTConfig": "gpt",
     "InputError": "errors",

@@ -17,7 +17,7 @@ import numpy as np
 from cllm.errors import InputError
 from cllm.files import fsync
 
-__all__ = ["best", "load", "newest", "prune", "save"]
+__all__ = ["best", "clear", "load", "newest", "prune", "save"]
 
 ARRAY_FILES = ("model.safetensors", "optimizer.safetensors")
 
@@ -128,6 +128,12 @@ def prune(run_dir, keep=2):
     for path in paths:
         if path not in kept:
             _remove(path)
+
+
+def clear(run_dir):
+    """Delete all checkpoints."""
+    for path in _all(run_dir):
+        _remove(path)
 
 
 def _folder(run_dir):

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def _split_overrides(argv):
     """
     from cllm import config
 
-    flags = {key for key, words, _ in config.describe() if words == "true or false"}
+    flags = {key for key, words, _ in config.describe() if words == "true or false"} | _task_flags(argv)
     rest, overrides = [], {}
     argv = list(argv)
     while argv:
@@ -132,6 +133,34 @@ def _split_overrides(argv):
         else:
             overrides[name] = config.parse_value(argv.pop(0) if text is None else text, key)
     return rest, overrides
+
+
+def _task_flags(argv):
+    """The keys of [task] that are true or false in the function which `argv` or its config file names."""
+    from cllm import config, task
+
+    options = [match for match in map(_OVERRIDE.fullmatch, argv) if match]
+    if not any(match[1].removeprefix("base.").startswith("task.") for match in options):
+        return set()
+    places = []  # [task] sections: the last one that names a function counts
+    with suppress(InputError, OSError):  # what is wrong with a file is told when it is read in earnest
+        for path in [Path(word) for word in argv if word.endswith(".toml") and Path(word).is_file()]:
+            nested = config.read_toml(path)
+            base = nested.get("sweep", {}).get("base")
+            files = [(path.parent / base, config.read_toml(path.parent / base))] if base else []
+            for file, sections in [*files, (path, nested), (path, nested.get("base", {}))]:
+                config.beside(sections, file)
+                places.append(sections.get("task", {}))
+    for word, value in zip(argv, [*argv[1:], ""]):
+        if match := _OVERRIDE.fullmatch(word):
+            section, _, name = match[1].removeprefix("base.").partition(".")
+            if section == "task" and name in ("build", "run"):
+                places.append({name: value if match[2] is None else match[2]})
+    named = [(key, place[key]) for place in places for key in ("build", "run") if key in place]
+    with suppress(InputError):
+        known = task.arguments(*named[-1]) if named else {}
+        return {f"task.{name}" for name, default in (known or {}).items() if isinstance(default, bool)}
+    return set()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,11 +8,12 @@ value is an InputError of one sentence that names the key, its value and what is
 import inspect
 import json
 import math
+import os
 import re
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from cllm import gpt, kernels, metrics, optim, schedules, task, userfile
@@ -24,8 +25,8 @@ from cllm.schedules import ScheduleConfig
 from cllm.task import LossConfig, TaskConfig
 
 __all__ = [
-    "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "load", "optimizer_arguments",
-    "parse_value", "to_dict", "to_toml", "unflatten",
+    "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "given", "load",
+    "optimizer_arguments", "parse_value", "to_dict", "to_toml", "unflatten",
 ]  # fmt: skip
 
 
@@ -103,7 +104,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):
-        if (self.schedule.min_lr or 0) > self.optim.lr:
+        # A loop of the user's own need not use the schedule.
+        if self.task.run is None and (self.schedule.min_lr or 0) > self.optim.lr:
             raise InputError(
                 f"schedule.min_lr is {self.schedule.min_lr:g}, "
                 f"it must be at most optim.lr ({self.optim.lr:g})"
@@ -122,7 +124,7 @@ _CHOICES = {
     "train.metrics": tuple(metrics.BY_NAME),
     **{f"model.{name}": choices for name, choices in gpt.CHOICES.items()},
 }
-_OF_USER = {"task.build": "NAME", "task.run": "NAME", "optim.name": "CLASS", "model.attention": "CLASS"}
+OF_USER = {"task.build": "NAME", "task.run": "NAME", "optim.name": "CLASS", "model.attention": "CLASS"}
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -146,6 +148,7 @@ def load(path=None, overrides=None):
         When there is no such file.
     """
     nested = {} if path is None else read_toml(path)
+    beside(nested, path, overrides or {})
     if isinstance(nested.get("sweep"), dict) or "space" in nested:
         raise InputError(f"{path} describes a sweep, not a run; run it with: cllm sweep {path}")
     optimizer = (flatten(nested) | (overrides or {})).get("optim.name")
@@ -161,6 +164,30 @@ def load(path=None, overrides=None):
         key = str(error).split()[0]
         in_file = key in flatten(nested) and key not in (overrides or {})
         raise InputError(f"{path}: {error}" if in_file else str(error)) from None
+
+
+def given(config):
+    """The Config that was given as such, as a dict of nested or dotted keys, or as a file's path."""
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, dict):
+        return from_dict(unflatten(flatten(config)))
+    if isinstance(config, str | os.PathLike):
+        return load(config)
+    kind = type(config).__name__
+    raise InputError(f"config is a {kind}, it must be a cllm.Config, a dict of its keys or a file's path")
+
+
+def beside(nested, path, but=()):
+    """Let the user's files that a config file names be found beside it too; changes `nested` in place.
+
+    Dotted keys in `but` are left as they are: other values take their place.
+    """
+    for key in OF_USER:
+        section, _, name = key.partition(".")
+        values = nested.get(section)
+        if isinstance(values, dict) and key not in but and userfile.is_reference(values.get(name)):
+            values[name] = userfile.beside(values[name], key, path)
 
 
 def read_toml(path):
@@ -180,6 +207,8 @@ def read_toml(path):
 
 def from_dict(nested):
     """The Config of a nested dict such as `to_dict` gives; missing keys take their defaults.
+
+    A missing schedule.min_lr is optim.lr where that is lower than its default.
 
     Raises
     ------
@@ -205,6 +234,9 @@ def from_dict(nested):
             if not message.startswith(f"{section}."):
                 message = f"{section}.{message}"  # a section's class need not know where it stands
             raise InputError(message) from None
+    lr, schedule = sections.get("optim", OptimConfig()).lr, sections.get("schedule", ScheduleConfig())
+    if "min_lr" not in nested.get("schedule", {}) and (schedule.min_lr or 0) > lr:
+        sections["schedule"] = replace(schedule, min_lr=lr)
     return Config(**sections)
 
 
@@ -303,18 +335,20 @@ def _gather_task_arguments(values):
         return {}
     if found.build == task.GIVEN:
         return {**names, "arguments": values}
-    known = task.arguments(found.key, found.reference)
+    known, any_other = task.arguments(found.key, found.reference)
     plain = (bool, int, float, str, list, tuple)  # any other default stays with the function
     arguments = {
-        name: default for name, default in (known or {}).items()
+        name: default for name, default in known.items()
         if isinstance(default, plain) or default is inspect.Parameter.empty
     }  # fmt: skip
     for name, value in values.items():
-        if known is not None and name not in known:
+        if name not in known and not any_other:
             takes = f"which takes {', '.join(known)}" if known else "which takes none"
             hint = nearest(name, known).replace('"', '"task.', 1)
             raise InputError(f"task.{name} is not an argument of {found.reference}{hint}, {takes}")
-        arguments[name] = _typed(value, _hint_of_default(arguments.get(name)), f"task.{name}")
+        hint = _hint_of_default(arguments.get(name))
+        hint = int | float if hint is int else hint  # noise=0 may become 0.1
+        arguments[name] = _typed(value, hint, f"task.{name}")
     for name, value in arguments.items():
         if value is inspect.Parameter.empty:
             raise InputError(f"task.{name} is missing, {found.reference} has no default for it")
@@ -520,7 +554,7 @@ def unflatten(flat):
     """``{"optim.lr": 1e-3}`` as ``{"optim": {"lr": 1e-3}}``."""
     nested = {}
     for key, value in flat.items():
-        section, dot, name = key.partition(".")
+        section, dot, name = str(key).partition(".")
         if dot:
             nested.setdefault(section, {})[name] = value
         else:
@@ -550,7 +584,7 @@ def describe():
             if key in _CHOICES:
                 words = " or ".join(f'"{choice}"' for choice in _CHOICES[key])
                 words = f"a list of {words}" if isinstance(defaults.get(key), list) else words
-            if key in _OF_USER:
-                words = f"{words} or " * (key in _CHOICES) + f'"FILE.py:{_OF_USER[key]}"'
+            if key in OF_USER:
+                words = f"{words} or " * (key in _CHOICES) + f'"FILE.py:{OF_USER[key]}"'
             rows.append((key, words, defaults.get(key)))
     return rows

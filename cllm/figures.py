@@ -22,8 +22,9 @@ STYLE = Path(__file__).with_name("cllm.mplstyle")
 MARKERS = "osD^vP<"  # one for each colour of the style, so that a print in black and white can be read
 MAX_LINES = len(MARKERS)
 MAX_PANELS = 8
+MAX_RAW = 4  # more raw training curves on one axis make a haze in which none can be followed
 # What `metric_curves` draws only when it is asked to: what the loss curves show, or what time it took.
-NOT_METRICS = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "seconds")
+NOT_METRICS = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "examples_per_s", "seconds")
 
 # What an axis says for a key; any other key stands for itself.
 AXIS_NAMES = {
@@ -68,8 +69,9 @@ def loss_curves(runs):
 
     Without a split "val" the first other one that has a loss stands in its place.
 
-    Runs that differ in nothing but their seed share a colour: lines are means over the seeds, the band
-    spans the seeds' lowest and highest validation loss, faint lines are each seed's raw training loss.
+    Runs that differ in nothing but their seed share a colour: lines are means over the seeds that have the
+    step, the band spans their lowest and highest validation loss. Of at most four runs faint lines show the
+    raw training loss as well.
 
     Parameters
     ----------
@@ -91,46 +93,34 @@ def loss_curves(runs):
     runs = [run for run in runs if len(run.series("train", "loss")[0])]
     if not runs:
         raise InputError("none of these runs has a recorded training step, so there is no loss curve to draw")
-    groups = _by_setting(runs, over=("train.seed",))
-    n_settings = len(groups)
-    if n_settings > MAX_LINES:
-        groups = sorted(groups, key=lambda group: _mean_end(group[1]))[:MAX_LINES]
-    n_seeds = max(len(group) for _, group in groups)
+    settings, legend, shown = _settings(runs, rank=_mean_end)
+    drawn = [run for _, group in settings for run in group]
+    raw = len(drawn) <= MAX_RAW
 
-    below = [key for key in ("lr", "grad_norm") if any(len(run.series("train", key)[0]) for run in runs)]
+    below = [key for key in ("lr", "grad_norm") if any(len(run.series("train", key)[0]) for run in drawn)]
     figure = Figure(figsize=(7.6, 4 + 1.2 * len(below)))
     panels = figure.subplots(1 + len(below), 1, sharex=True, height_ratios=[3.2] + [1] * len(below))
     loss_axes, *others = np.atleast_1d(panels)
     axes_of = dict(zip(below, others))
     split = _followed(runs)
-    faint = 0.3 / math.sqrt(sum(len(group) for _, group in groups))
-    legend = []
-    peaks = []
-    for (label, group), marker in zip(groups, MARKERS):
-        color = f"C{len(legend)}"
-        legend.append(Line2D([], [], color=color, marker=marker, label=label))
-        for run in group:
-            raw = run.series("train", "loss")
-            loss_axes.plot(*raw, color=color, alpha=faint, linewidth=0.6, zorder=1, rasterized=True)
-        steps, losses = _together(group, "train", "loss")
-        loss_axes.plot(steps, _smooth(losses.mean(0)), color=color, linewidth=1.3, zorder=3)
-        steps, losses = _together(group, split, "loss")
-        loss_axes.plot(steps, losses.mean(0), color=color, linestyle="--", marker=marker, zorder=4)
-        if len(group) > 1:
-            low, high = losses.min(0), losses.max(0)
-            loss_axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, zorder=2)
+    trained, evaluated = [], []  # numbers of seeds at the steps
+    for look, group in settings:
+        plain = {"color": look["color"]}
+        for run in group if raw else ():
+            faint = {"alpha": 0.3 / math.sqrt(len(drawn)), "linewidth": 0.6, "rasterized": True}
+            loss_axes.plot(*run.series("train", "loss"), **plain, **faint, zorder=1)
+        trained += _draw_mean(loss_axes, group, "train", "loss", smooth=True, **plain)
+        evaluated += _draw_mean(loss_axes, group, split, "loss", band=True, **look, linestyle="--", zorder=4)
         if "lr" in axes_of:
-            steps, lrs = _together(group, "train", "lr")
-            axes_of["lr"].plot(steps, lrs.mean(0), color=color)
-            peaks.append(lrs.max(initial=0.0))
+            _draw_mean(axes_of["lr"], group, "train", "lr", **plain)
         if "grad_norm" in axes_of:
-            steps, norms = _together(group, "train", "grad_norm")
-            axes_of["grad_norm"].plot(steps, _smooth(norms.mean(0)), color=color, linewidth=1.3)
+            _draw_mean(axes_of["grad_norm"], group, "train", "grad_norm", smooth=True, **plain)
 
     start = max(run.series("train", "loss")[1][0] for run in runs)
     if math.isfinite(start):  # a run that blows up must not flatten the others
         loss_axes.set_ylim(top=min(loss_axes.get_ylim()[1], 1.1 * start))
     if "lr" in axes_of:
+        peaks = [line.get_ydata().max() for line in axes_of["lr"].get_lines()]
         if min(peaks) > 0 and max(peaks) >= 10 * min(peaks):
             axes_of["lr"].set_yscale("log", nonpositive="mask")
             axes_of["lr"].set_ylim(bottom=min(peaks) / 30)  # a decay to 0 would stretch the axis without end
@@ -151,17 +141,15 @@ def loss_curves(runs):
     last.set_xlabel("step")
     last.set_xlim(left=0)
     figure.align_ylabels()
-    shown = f"best {len(groups)} of {n_settings} settings" if n_settings > len(groups) else ""
-    seeds = f"{n_seeds} seeds each" if n_seeds > 1 else ""
-    loss_axes.set_title(", ".join(filter(None, ["Loss over training", shown, seeds])), loc="left")
+    each = f"{_seeds(trained)} each" if max(trained) > 1 else ""
+    loss_axes.set_title(", ".join(filter(None, ["Loss over training", shown, each])), loc="left")
 
     gray = {"color": "0.4"}
-    over_seeds = f":\nmean and range\nof {n_seeds} seeds" if n_seeds > 1 else ""
-    legend += [
-        Line2D([], [], **gray, linewidth=1.3, label="training, smoothed"),
-        Line2D([], [], **gray, linewidth=0.6, alpha=0.6, label="training, raw"),
-        Line2D([], [], **gray, linestyle="--", label=SPLIT_NAMES.get(split, split) + over_seeds),
-    ]
+    over_seeds = f":\nmean and range\nof {_seeds(evaluated)}" if max(evaluated, default=1) > 1 else ""
+    legend.append(Line2D([], [], **gray, linewidth=1.3, label="training, smoothed"))
+    if raw:
+        legend.append(Line2D([], [], **gray, linewidth=0.6, alpha=0.6, label="training, raw"))
+    legend.append(Line2D([], [], **gray, linestyle="--", label=SPLIT_NAMES.get(split, split) + over_seeds))
     figure.legend(handles=legend, loc="outside right upper")
     return figure
 
@@ -170,8 +158,8 @@ def loss_curves(runs):
 def metric_curves(runs, metrics=None):
     """What was measured besides the loss, over steps: a panel for each metric, a kind of line a split.
 
-    Runs that differ in nothing but their seed share a colour: means over the seeds, and a band from the
-    lowest to the highest.
+    Runs that differ in nothing but their seed share a colour: means over the seeds that have the step, and a
+    band from the lowest to the highest.
 
     Parameters
     ----------
@@ -206,42 +194,29 @@ def metric_curves(runs, metrics=None):
     if not found:
         raise InputError("these runs have recorded no metric besides the loss, so there is none to draw")
     chosen = found[:MAX_PANELS]
-    groups = _by_setting(runs, over=("train.seed",))
+    settings, legend, shown = _settings(runs)
     splits = list(dict.fromkeys(split for metric in chosen for split in splits_of[metric]))
     others = itertools.cycle(OTHER_LINESTYLES)
     styles = {split: LINESTYLES.get(split) or next(others) for split in splits}
 
     figure = Figure(figsize=(7.6, 1.2 + 2.2 * len(chosen)))
     panels = np.atleast_1d(figure.subplots(len(chosen), 1, sharex=True))
+    counts = []
     for axes, metric in zip(panels, chosen):
-        for index, ((_, group), marker) in enumerate(zip(groups, MARKERS)):
+        for look, group in settings:
             for split in splits_of[metric]:
-                having = [run for run in group if f"{split}.{metric}" in run.names()]
-                if not having:
-                    continue
-                steps, values = _together(having, split, metric)
-                look = {"color": f"C{index}", "linestyle": styles[split]}
-                look |= {"marker": marker} if len(steps) <= 50 else {}
-                axes.plot(steps, values.mean(0), **look, zorder=3)
-                if len(having) > 1:
-                    band = {"color": f"C{index}", "alpha": 0.2, "linewidth": 0, "zorder": 2}
-                    axes.fill_between(steps, values.min(0), values.max(0), **band)
+                counts += _draw_mean(axes, group, split, metric, band=True, **look, linestyle=styles[split])
         axes.set_ylabel(metric + (_loss_unit(runs) if metric == "loss" else ""))
     panels[-1].set_xlabel("step")
     panels[-1].set_xlim(left=0)
     figure.align_ylabels()
-    n_seeds = max(len(group) for _, group in groups)
     words = [
         "Metrics over training",
         f"first {len(chosen)} of {len(found)}" if len(found) > len(chosen) else "",
-        f"first {MAX_LINES} of {len(groups)} settings" if len(groups) > MAX_LINES else "",
-        f"mean and range of {n_seeds} seeds" if n_seeds > 1 else "",
+        shown,
+        f"mean and range of {_seeds(counts)}" if max(counts, default=1) > 1 else "",
     ]
     panels[0].set_title(", ".join(filter(None, words)), loc="left")
-    legend = [
-        Line2D([], [], color=f"C{index}", marker=marker, label=label)
-        for index, ((label, _), marker) in enumerate(zip(groups, MARKERS))
-    ]
     legend += [
         Line2D([], [], color="0.4", linestyle=style, label=SPLIT_NAMES.get(split, split))
         for split, style in styles.items()
@@ -256,8 +231,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
 
     There is one line for each setting of the other keys in which the runs differ: means over `over`, with
     standard errors as bars, the single runs as small dots and a star on the best mean. Where a run failed
-    or diverged (ended above its first loss) there is no mean: the other runs stay as dots, and a cross at
-    the top counts the failures.
+    or diverged there is no mean: the other runs stay as dots, and a cross at the top counts the failures.
+    Diverged is a value that is NaN or, of a language model's loss, above the first training loss.
 
     Parameters
     ----------
@@ -271,7 +246,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     over : str
         The key that only replicates; runs that differ in nothing else are averaged.
     at : {"last", "best"}
-        Which record of a run counts.
+        Which record of a run counts; the best of those that are not NaN.
     goal : {"minimize", "maximize"}
         Which values of `y` are better.
 
@@ -282,7 +257,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     Raises
     ------
     InputError
-        When no run's config has `x`, or no finished run has recorded `y`.
+        When no run's config has `x`, no finished run has recorded `y`, or all that have diverged.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -295,6 +270,10 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
             raise InputError(f'no run has the key "{key}" in its config{nearest(key, known)}')
     ends = {id(run): _end(run, y, at, goal) for run in runs}
     if all(map(math.isnan, ends.values())):
+        if any(run.state == "finished" and y in run.names() for run in runs):
+            above = y.endswith(".loss") and not all(map(_is_task, runs))
+            how = "NaN or above the first training loss" if above else "NaN"
+            raise InputError(f'every finished run diverged: its "{y}" is {how}')
         recorded = dict.fromkeys(name for run in runs for name in run.names())
         raise InputError(f'no finished run has recorded "{y}"{"" if y in recorded else nearest(y, recorded)}')
     sign = 1 if goal == "minimize" else -1
@@ -548,17 +527,17 @@ def _by_setting(runs, over):
 
 
 def _end(run, y, at, goal):
-    """The run's value of `y`; NaN when it did not finish, recorded none, or ended above its first loss."""
+    """The run's value of `y`; NaN when it did not finish, has none or, a language model's, diverged."""
     split, _, metric = y.partition(".")
     if run.state != "finished" or y not in run.names():
         return math.nan
     values = run.series(split, metric)[1]
+    best = np.fmin if goal == "minimize" else np.fmax  # they pass over NaN, as `sweep` does
+    value = float(values[-1] if at == "last" else best.reduce(values))
     starts = run.series("train", "loss")[1]
-    if metric == "loss" and len(starts) and not values[-1] <= starts[0]:
+    if metric == "loss" and not _is_task(run) and len(starts) and value > starts[0]:
         return math.nan
-    if at == "last":
-        return float(values[-1])
-    return float(values.min() if goal == "minimize" else values.max())
+    return value
 
 
 def _mean_end(group):
@@ -596,17 +575,24 @@ def _is_series(run, split, metric):
     return True
 
 
+def _is_task(run):
+    """Whether the run is one of a task of the user's own, whose loss may be anything."""
+    return not {"task.build", "task.run"}.isdisjoint(run.config)
+
+
 def _mean_or_inf(values):
     mean = float(values.mean())
     return math.inf if math.isnan(mean) else mean
 
 
 def _together(group, split, key):
-    """(steps that all runs of the group recorded, values with one row a run)."""
-    nothing = np.zeros(0), np.zeros(0)
-    series = [run.series(split, key) if f"{split}.{key}" in run.names() else nothing for run in group]
-    steps = functools.reduce(np.intersect1d, (at for at, _ in series))
-    return steps, np.array([values[np.isin(at, steps)] for at, values in series], dtype=np.float64)
+    """(steps that any run of the group recorded, values with one row a run: masked where it has none)."""
+    series = [run.series(split, key) for run in group if f"{split}.{key}" in run.names()]
+    steps = functools.reduce(np.union1d, (at for at, _ in series), np.zeros(0, np.int64))
+    values = np.ma.masked_all((len(series), len(steps)))
+    for row, (at, found) in zip(values, series):
+        row[np.searchsorted(steps, at)] = found
+    return steps, values
 
 
 def _smooth(values):
@@ -615,6 +601,45 @@ def _smooth(values):
         return values
     window = np.hanning(max(len(values) // 50, 4) * 2 + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+# Lines over steps ------------------------------------------------------------------------------------
+
+
+def _settings(runs, rank=None):
+    """The settings to draw, [(look, runs)], their legend, and words when they are not all.
+
+    Of too many, those with the lowest `rank(runs)`, or the first.
+    """
+    from matplotlib.lines import Line2D
+
+    groups = _by_setting(runs, over=("train.seed",))
+    words = ""
+    if len(groups) > MAX_LINES:
+        words = f"{'best' if rank else 'first'} {MAX_LINES} of {len(groups)} settings"
+        groups = (sorted(groups, key=lambda group: rank(group[1])) if rank else groups)[:MAX_LINES]
+    looks = [{"color": f"C{index}", "marker": MARKERS[index]} for index in range(len(groups))]
+    legend = [Line2D([], [], **look, label=label) for look, (label, _) in zip(looks, groups)]
+    return [(look, group) for look, (_, group) in zip(looks, groups)], legend, words
+
+
+def _draw_mean(axes, group, split, key, band=False, smooth=False, **look):
+    """Draw the mean over the seeds that have the step, and their range; how many they are at each step."""
+    steps, values = _together(group, split, key)
+    if not len(steps):
+        return []
+    mean = np.asarray(values.mean(0))
+    look = {"zorder": 3, "linewidth": 1.3 if smooth else None, "markevery": -(-len(steps) // 50)} | look
+    axes.plot(steps, _smooth(mean) if smooth else mean, **look)
+    if band and len(values) > 1:
+        fill = {"color": look["color"], "alpha": 0.2, "linewidth": 0, "zorder": 2}
+        axes.fill_between(steps, values.min(0), values.max(0), **fill)
+    return values.count(0).tolist()
+
+
+def _seeds(counts):
+    low, high = min(counts), max(counts)
+    return f"{high} seeds" if low == high else f"{low} to {high} seeds"
 
 
 # Marks and words -------------------------------------------------------------------------------------
@@ -655,7 +680,7 @@ def _plain_log_ticks(axes):
 
 def _loss_unit(runs):
     """What an axis adds to "loss"; nothing for a task of the user's own, whose loss may be anything."""
-    if any({"task.build", "task.run"} & set(run.config) for run in runs):
+    if any(map(_is_task, runs)):
         return ""
     tokenizers = {run.config.get("data.tokenizer") for run in runs}
     units = {"char": " (nats per character)", "byte": " (nats per byte)"}

@@ -17,7 +17,7 @@ import numpy as np
 
 import cllm
 from cllm import config as configs
-from cllm import kernels, progress, records, userfile
+from cllm import kernels, progress, records, rng, userfile
 from cllm.errors import InputError
 from cllm.files import write_atomic
 
@@ -79,6 +79,8 @@ class Lifecycle:
         return self._run()
 
     def _build(self):
+        userfile.forget()  # what another run of this process left in a file's variables is not this one's
+        rng.manual_seed(self.config.train.seed)  # for modules that a file makes while it is run
         self.files = user_files(self.config)
         self.threads = self.config.train.threads or kernels.get_num_threads()  # the most that it uses
 

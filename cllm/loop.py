@@ -10,10 +10,11 @@ from time import perf_counter
 import numpy as np
 
 from cllm import checkpoint as checkpoints
+from cllm import rng
 from cllm import task as tasks
 from cllm.errors import InputError
 from cllm.lifecycle import Lifecycle
-from cllm.records import plain
+from cllm.records import number, plain
 
 __all__ = ["LoopRun", "OwnLoop"]
 
@@ -33,6 +34,7 @@ class LoopRun:
         self._loop = loop
         self._interrupt = interrupt
         self._logged = -1
+        self._begun = False  # whether anything was logged or saved
         self.dir = loop.run_dir
         self.seed = loop.config.train.seed
 
@@ -51,18 +53,19 @@ class LoopRun:
         split : str
             "train", or the name of what was evaluated.
         **values
-            Numbers by name. "loss" of "val", or else of the first other split, says which checkpoint is
-            the best.
+            Numbers by name, or Tensors of one. "loss" of "val", or else of the first other split, says which
+            checkpoint is the best.
         """
         step = _step(step)
         if step < self._logged:
             raise InputError(f"run.log: step is {step} after {self._logged}, steps must not go back")
         if not isinstance(split, str) or not split or "." in split:
             raise InputError(f"run.log: split is {split!r}, it must be a word without a dot")
+        values = {name: number(value) for name, value in values.items()}
         for name, value in values.items():
-            if np.asarray(value).dtype.kind not in "biuf" or np.ndim(value):
+            if isinstance(value, list | tuple) or np.ndim(value) or np.asarray(value).dtype.kind not in "biuf":
                 raise InputError(f"run.log: {name} is a {type(value).__name__}, it must be one number")
-        self._start_records(-1)
+        self._begin()
         self._logged = step
         # Here NaN becomes None, and NumPy's numbers Python's: a checkpoint's JSON has no others.
         loop, record = self._loop, {"step": step, "split": split, **plain(values)}
@@ -98,6 +101,7 @@ class LoopRun:
             json.dumps(state, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"run.save: state must be of JSON values: {error}") from None
+        self._begin()
         loop.step = max(loop.step, step)
         loop.seconds = perf_counter() - loop.began
         whole = {
@@ -116,21 +120,23 @@ class LoopRun:
     def restore(self):
         """What a resumed run goes on from: (step, arrays, state) of the newest checkpoint; None without one.
 
-        Call it before anything is logged: records after that step are dropped.
+        Call it before anything is logged or saved: records after that step are dropped. A loop that does not
+        call it starts again: the records and checkpoints of the earlier process are deleted.
         """
         loaded = self._loop.loaded
-        if self._logged >= 0:
-            raise InputError("run.restore: something was logged before, restore first")
+        if self._begun:
+            raise InputError("run.restore: something was logged or saved before, restore first")
         if loaded is None:
             return None
-        self._start_records(loaded[2]["step"])
+        self._loop.recorder.truncate(loaded[2]["step"])
+        self._loop.cut = True
         return loaded[2]["step"], loaded[0], loaded[2]["state"]
 
-    def _start_records(self, step):
-        """Before the first record: drop those of an earlier process after `step`."""
-        if self._logged < 0 and not self._loop.cut:
-            self._loop.recorder.truncate(step)
-            self._loop.cut = True
+    def _begin(self):
+        """Before the first record or checkpoint: drop what an earlier process left, unless it was restored."""
+        self._begun = True
+        if not self._loop.cut:
+            self._loop.start_again()
 
 
 class OwnLoop(Lifecycle):
@@ -160,8 +166,17 @@ class OwnLoop(Lifecycle):
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.train_loss, self.losses, self.followed = state["train_loss"], state["losses"], state["followed"]
 
+    def start_again(self):
+        """Forget what an earlier process did."""
+        checkpoints.clear(self.run_dir)
+        self.recorder.truncate(-1)  # in this order: no checkpoint may be newer than the records
+        self.step, self.losses = 0, {}
+        self.train_loss = self.best = self.followed = None
+        self.cut = True
+
     def _train(self, interrupt):
         run = LoopRun(self, interrupt)
+        rng.manual_seed(self.config.train.seed)
         self.function(self.config, run, **self.config.task.arguments)
         if run.stop:
             raise KeyboardInterrupt

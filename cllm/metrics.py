@@ -419,7 +419,8 @@ class Mean(_Metric):
             batch = SimpleNamespace(targets=batch, mask=mask)
         result = self.function(outputs, batch)
         try:
-            total, count = (float(_array(part)) for part in result)
+            total, count = result
+            total, count = one_number(total), a_count(count)
         except (TypeError, ValueError):
             name = getattr(self.function, "__name__", "function")
             given = " ".join(repr(result).split())
@@ -464,6 +465,22 @@ def build(name, tokenizer=None):
 
 def _is_count(value):
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def one_number(value):
+    """A number, or an array or Tensor of no axes, as a float; a ValueError for anything else."""
+    array = _array(value)
+    if array.ndim or array.dtype.kind not in "biuf":
+        raise ValueError(f"{value!r} is not one number")
+    return float(array)
+
+
+def a_count(value):
+    """`one_number` that is finite and at least 0, as a count is."""
+    count = one_number(value)
+    if not 0 <= count < math.inf:
+        raise ValueError(f"{value!r} is not a count")
+    return count
 
 
 def _array(values):

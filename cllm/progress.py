@@ -60,8 +60,7 @@ class Lines:
             figures = _figures(record, decimals=4)
             if record.get("lr") is not None:
                 figures.append(f"lr {record['lr']:.2e}")
-            if "tokens_per_s" in record:
-                figures.append(f"{thousands(record['tokens_per_s'])} {self.unit}/s")
+            figures += _speed(record, self.unit)
             figures.append(f"{duration(left)} left")
             self._print(f"step {record['step']}/{self.max_steps}: {', '.join(figures)}")
 
@@ -117,8 +116,7 @@ class Bar:
         if record.get("lr") is not None:
             figures.append(f"lr {record['lr']:.1e}")
         figures += [self.evaluated] * bool(self.evaluated)
-        if "tokens_per_s" in record:
-            figures.append(f"{thousands(record['tokens_per_s'])} {self.unit}/s")
+        figures += _speed(record, self.unit)
         figures.append(f"{duration(left)} left")
         self.bar.update(self.task, completed=record["step"], figures="  ".join(figures), refresh=True)
 
@@ -180,7 +178,13 @@ def _start_line(trainer):
 
 
 # What a record has besides what was measured.
-_COMMON = ("step", "split", "loss", "lr", "grad_norm", "tokens_per_s", "seconds")
+_COMMON = ("step", "split", "loss", "lr", "grad_norm", "tokens_per_s", "examples_per_s", "seconds")
+
+
+def _speed(record, unit):
+    """How fast training is, in words, in a list; empty when that was not measured."""
+    speeds = [record[key] for key in ("tokens_per_s", "examples_per_s") if key in record]
+    return [f"{thousands(speed)} {unit}/s" for speed in speeds[:1]]
 
 
 def _figures(record, decimals, most=4):

@@ -16,7 +16,7 @@ import numpy as np
 from cllm.errors import InputError, nearest
 from cllm.files import write_atomic
 
-__all__ = ["METRICS", "Recorder", "Run", "load", "plain", "write_summary"]
+__all__ = ["METRICS", "Recorder", "Run", "load", "number", "plain", "write_summary"]
 
 #: What the records of a language model have, next to "step" and "split"; metrics and callbacks add to it.
 METRICS = {"train": ("loss", "lr", "grad_norm", "tokens_per_s"), "val": ("loss", "perplexity", "seconds")}
@@ -40,12 +40,18 @@ class Recorder:
             self._keep(lambda record: True)
 
     def write(self, record):
-        """Append one record, a dict with at least "step" and "split"; NumPy numbers are welcome."""
+        """Append one record, a dict with at least "step" and "split"; NumPy's numbers and Tensors will do.
+
+        Raises
+        ------
+        InputError
+            Names the key whose value JSON cannot hold. Nothing has been written then.
+        """
         if not {"step", "split"} <= record.keys():
             raise ValueError(
                 f'a record needs "step" and "split"; this one has {", ".join(record) or "nothing"}'
             )
-        line = json.dumps(plain(record), allow_nan=False)
+        line = _json(record, "a record's {}")
         self._file.write(f"{line}\n".encode())
 
     def truncate(self, step):
@@ -76,7 +82,7 @@ class Recorder:
 
 def write_summary(run_dir, summary):
     """Write a run's summary.json whole or not at all; numbers that are not finite become null."""
-    text = json.dumps(plain(summary), indent=2, allow_nan=False)
+    text = _json(summary, "the summary's {}", indent=2)
     write_atomic(Path(run_dir) / "summary.json", text + "\n")
 
 
@@ -206,17 +212,46 @@ def load(path):
     return runs
 
 
+def number(value):
+    """A Tensor of one element as its number; all else as it is."""
+    if isinstance(value, np.ndarray | type) or not callable(getattr(value, "item", None)):
+        return value
+    try:
+        return value.item()  # known by this method: a module that reads records needs no tensors
+    except (TypeError, ValueError, RuntimeError):
+        return value
+
+
 def plain(value):
-    """A value for JSON: NumPy's numbers and arrays as Python's, NaN and infinity as None, paths as str."""
+    """A value for JSON: NumPy's and Tensors' numbers as Python's, NaN and infinity as None, paths as str."""
+    value = number(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray)):
+    if isinstance(value, np.ndarray):
         return plain(value.tolist())
-    if isinstance(value, float):
+    if isinstance(value, (float, np.floating)):  # a long double's item is one again
+        value = float(value)
         return value if math.isfinite(value) else None
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _json(values, what, indent=None):
+    """A dict as JSON text; an InputError that names the key which JSON cannot hold."""
+    try:
+        return json.dumps(plain(values), indent=indent, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        for key, value in values.items():
+            try:
+                json.dumps(plain(value), allow_nan=False)
+            except (TypeError, ValueError, RecursionError):
+                shape = f" of shape {value.shape}" if isinstance(getattr(value, "shape", None), tuple) else ""
+                given = f"{what.format(repr(str(key)))} is a {type(value).__name__}{shape}"
+                raise InputError(
+                    f"{given}, it must be a number, a text or a list of such, which JSON can hold"
+                ) from None
+        raise
 
 
 def _is_run(path):

@@ -55,7 +55,7 @@ _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def gelu_forward(x, approximate="tanh"):
+def gelu_forward(x, approximate="none"):
     """x Phi(x), Phi the normal distribution function (Hendrycks & Gimpel 2016).
 
     "none" uses erf, "tanh" their approximation 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
@@ -66,7 +66,7 @@ def gelu_forward(x, approximate="tanh"):
     return 0.5 * x * (1 + np.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x**3)))
 
 
-def gelu_backward(dy, x, approximate="tanh"):
+def gelu_backward(dy, x, approximate="none"):
     """dy times the derivative of `gelu_forward` at x."""
     dy, x = _float64(dy, x)
     if approximate == "none":
@@ -347,7 +347,7 @@ def _attention_rows(q, k, is_causal, scale, mask, slopes, offsets):
         (j,) = np.nonzero(seen)
         scores = scale * np.einsum("sd,d->s", k[b, g, j], q[b, h, i])
         if slopes is not None:
-            scores -= slopes[h] * np.abs(position - j)
+            scores -= slopes[h] * np.abs(min(position, S - 1) - j)
         if mask is not None and mask.dtype != bool:
             scores += mask[b, h, i, j]
         yield b, h, i, g, j, scores
@@ -363,7 +363,7 @@ def attention_forward(
     sequence b stands at position offsets[b] + i (i without offsets), key j at j. is_causal: a query sees the
     keys up to its position. mask broadcasts to (B, H, T, S): a boolean one names the keys that a query sees;
     a float one is added to the scores, and -inf in it excludes like False. slopes (H,): slope times distance
-    is subtracted. A row uses nothing of a key that it does not see, not even times zero: a NaN there cannot
+    is subtracted, a query beyond the last key counting from there. A row uses nothing of a key that it does not see, not even times zero: a NaN there cannot
     reach it. A row that sees none has out 0 and lse -inf. Dropout numbers the elements of (B, H, T, S) in C
     order.
     """
@@ -545,8 +545,8 @@ def soft_cross_entropy_backward(
     dlosses, logits, probabilities, lse = _float64(dlosses, logits, probabilities, lse)
     weight = _class_weights(weight, logits.shape[1])
     share = weight * ((1 - label_smoothing) * probabilities + label_smoothing / logits.shape[1])
-    dlse = share.sum(1) + 2 * z_loss * lse * (weight * probabilities).sum(1)
-    dlogits = dlosses[:, None] * (dlse[:, None] * np.exp(logits - lse[:, None]) - share)
+    dlse = share.sum(1) + _share_times(2 * z_loss * (weight * probabilities).sum(1), lse)
+    dlogits = dlosses[:, None] * (_share_times(dlse[:, None], np.exp(logits - lse[:, None])) - share)
     return dlogits if mask is None else np.where(np.asarray(mask)[:, None], dlogits, 0)
 
 

@@ -8,6 +8,8 @@ import hashlib
 
 import numpy as np
 
+from cllm.errors import InputError
+
 __all__ = ["initial_generator", "manual_seed", "next_initial_generator", "next_key", "set_stream"]
 
 _MASK = 2**64 - 1
@@ -34,7 +36,10 @@ def manual_seed(seed):
     Parameters
     ----------
     seed : int
+        At least 0.
     """
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"manual_seed: seed is {seed!r}, it must be an integer of at least 0")
     global _seed, _initialised
     _seed = int(seed)
     _initialised = 0

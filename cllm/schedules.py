@@ -20,7 +20,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Literal
@@ -577,7 +576,8 @@ def _check_boundaries(boundaries, n_schedules):
 _FUNCTIONS = {
     function.__name__: function
     for function in (
-        cosine, constant, linear, cosine_restarts, step, multi_step, exponential, inverse_sqrt, wsd, one_cycle
+        cosine, constant, warmup, linear, cosine_restarts, step, multi_step, exponential, inverse_sqrt, wsd,
+        one_cycle,
     )
 }  # fmt: skip
 
@@ -596,6 +596,23 @@ _NOT_KEYS = ("step", "lr", "max_steps")  # the run gives these
 _CONFIG_DEFAULTS = {"warmup_steps": 100, "min_lr": 1e-4}
 
 
+def _of_the_run(name, lr, max_steps, given):
+    """What a run gives a schedule for the arguments without a default that its config leaves out."""
+    start, end = max(given.get("warmup_steps", 0) - 1, 0), max_steps - 1
+    if name == "cosine_restarts":
+        return {"cycle_steps": max(math.ceil((end - start) / (1 + given.get("cycle_mult", 1))), 1)}
+    if name == "step":
+        return {"step_size": max(math.ceil((max_steps - start) / 3), 1)}
+    if name == "multi_step":
+        shares = {max_steps // 2, 3 * max_steps // 4}
+        return {"milestones": sorted(m for m in shares if m >= max(given.get("warmup_steps", 0), 1))}
+    if name == "exponential":
+        last = (given.get("min_lr") or lr / 100) / lr if lr else 1.0
+        # The bounds are for a min_lr that is refused or out of proportion.
+        return {"gamma": min(max(last, 1e-300), 1.0) ** (1 / (end - start)) if end > start else 1.0}
+    return {}
+
+
 def arguments(name, names=()):
     """What a schedule takes from [schedule], besides its name.
 
@@ -609,16 +626,17 @@ def arguments(name, names=()):
     Returns
     -------
     dict
-        Keys to defaults; `REQUIRED` stands for none.
+        Keys to defaults; `REQUIRED` stands for none, None for one that follows from others or from the run.
     """
     if name != "join":
         keys = [key for key in _PARAMETERS[name] if key not in _NOT_KEYS]
-        return {key: _CONFIG_DEFAULTS.get(key, _PARAMETERS[name][key]) for key in keys}
+        defaults = {key: _CONFIG_DEFAULTS.get(key, _PARAMETERS[name][key]) for key in keys}
+        return {key: None if default is REQUIRED else default for key, default in defaults.items()}
     taken = {"names": REQUIRED, "boundaries": REQUIRED}
     for index, part in enumerate(part for part in names if part in NAMES[:-1]):
         for key, default in arguments(part).items():
-            if (index == 0 or key != "warmup_steps") and taken.get(key) is not REQUIRED:
-                taken[key] = default
+            if index == 0 or key != "warmup_steps":
+                taken[key] = default if taken.get(key, default) == default else None  # then each has its own
     return taken
 
 
@@ -627,7 +645,8 @@ class ScheduleConfig:
     """[schedule]: how the learning rate goes from the first step to the last.
 
     A key left out (None) takes the default of the schedule's function, but for `warmup_steps`, here 100, and
-    `min_lr`, here 1e-4. What the chosen schedule does not take stays None.
+    `min_lr`, here 1e-4. What has no default there follows from the run's length, see below, so that each
+    schedule but "join" can be had by its name alone. What the chosen schedule does not take stays None.
 
     Parameters
     ----------
@@ -636,15 +655,17 @@ class ScheduleConfig:
     warmup_steps : int
         Steps of linear warm-up; 0 starts at the full rate. Not of "one_cycle", which rises in its own way.
     min_lr : float
-        Where the decay ends, or its floor; at most the optimizer's lr. Not of "constant" and "one_cycle".
+        Where the decay ends, or its floor; at most the optimizer's lr. Not of "constant", "warmup" and
+        "one_cycle".
     cycle_steps, cycle_mult : int
-        Of "cosine_restarts".
+        Of "cosine_restarts". Without cycle_steps two cycles fill the run: there is one restart.
     step_size : int
-        Of "step".
+        Of "step". Left out, a third of the steps after the warm-up, rounded up: the rate falls twice.
     milestones : tuple of int
-        Of "multi_step".
+        Of "multi_step". Left out, 50 % and 75 % of the run, rounded down, if not in the warm-up.
     gamma : float
-        Of "step", "multi_step" and "exponential".
+        Of "step", "multi_step" and "exponential". Left out, "exponential" reaches min_lr at the last step, or
+        a hundredth of lr when min_lr is 0.
     decay_steps : int
     decay_share : float
     decay_shape : {"linear", "1-sqrt"}
@@ -745,7 +766,8 @@ def shared_steps(config, lr, max_steps, other):
 
     A run can be lengthened as if it had been planned so for as long as it has not gone beyond these steps.
     "constant" and other schedules that do not look at the run's length share all steps of the shorter run,
-    "wsd" those before its decay, "cosine" only the warm-up.
+    "wsd" those before its decay, "cosine" only the warm-up. One whose key follows from the run's length,
+    since it was left out, does look at it.
 
     Parameters
     ----------
@@ -764,6 +786,11 @@ def shared_steps(config, lr, max_steps, other):
 
 def _bound(config, name, max_steps, **changes):
     """A schedule's function with a config's values, as a function of step and lr."""
-    own = _PARAMETERS[name]
-    values = {key: getattr(config, key, None) for key in own} | {"max_steps": max(max_steps, 1)} | changes
-    return partial(_FUNCTIONS[name], **{key: values[key] for key in own if values[key] is not None})
+    own, max_steps = _PARAMETERS[name], max(max_steps, 1)
+    values = {key: getattr(config, key, None) for key in own} | {"max_steps": max_steps} | changes
+    given = {key: values[key] for key in own if values[key] is not None}
+
+    def schedule(step, lr):
+        return _FUNCTIONS[name](step, lr, **{**_of_the_run(name, lr, max_steps, given), **given})
+
+    return schedule

@@ -23,7 +23,7 @@ from pathlib import Path
 from time import monotonic
 
 from cllm import config as configs
-from cllm import kernels, optim, records, schedules, train, userfile, verdict, watch
+from cllm import checkpoint, kernels, optim, records, schedules, train, userfile, verdict, watch
 from cllm.errors import InputError, nearest, plain_notes
 from cllm.files import write_atomic
 from cllm.lifecycle import user_files
@@ -151,6 +151,7 @@ class Sweep:
             if key != "space" and not isinstance(value, dict):
                 raise InputError(f"{path}: {key} is {value!r}, it must be a section: [{key}]")
         base, changes = dict(nested.get("base", {})), dict(nested.get("sweep", {}))
+        from_file = configs.flatten(base)
         for key, value in (overrides or {}).items():
             kind, _, rest = key.partition(".")
             section, dot, name = rest.partition(".")
@@ -165,6 +166,11 @@ class Sweep:
             if not isinstance(file, str):
                 raise InputError(f"sweep.base is {file!r}, it must be the path of a config file")
             sections = configs.read_toml(path.parent / file) if file else {}
+            space = nested.get("space", [])
+            replaced = _fixed(space) | {key.removeprefix("base.") for key in overrides or {}}
+            _find_beside(space, path)
+            configs.beside(base, path, replaced)
+            configs.beside(sections, path.parent / file, replaced | set(from_file))
             for where, part in (("", sections), ("base.", base)):
                 for section, values in part.items():
                     if not isinstance(values, dict):
@@ -178,7 +184,6 @@ class Sweep:
                     known = ("base", *fields)
                     hint = f"{nearest(key, known)}; [sweep] has {', '.join(known)}"
                     raise InputError(f"unknown key sweep.{key}{hint}")
-            space = nested.get("space", [])
             sweep = cls(SweepConfig(**changes), sections, space, _settings(space), [])
             sweep._check()
         except InputError as error:
@@ -233,7 +238,6 @@ class Sweep:
             shared = len(faults) == len(self.settings)  # then it is not this setting's own
             raise InputError(str(error) if shared else f"setting {index} ({self.describe(index)}): {error}")
 
-
     def _check_objective(self, config):
         """Raise when a language model's records will not have the objective; a task's are not known yet."""
         if config.task.key is not None:
@@ -253,6 +257,30 @@ def _refuse_what_comes_later(nested, sweep):
         raise InputError('pruning is not supported so far: [prune] method must be "none"')
     if "confirm" in nested:
         raise InputError("[confirm] is not supported so far: leave it out, or list more seeds in [sweep]")
+
+
+def _blocks(space):
+    return [block for block in space if isinstance(block, dict)] if isinstance(space, list) else []
+
+
+def _fixed(space):
+    """The keys that each block has, so that no setting has the base's value of them."""
+    keys = [{name.strip() for key in block for name in key.split(",")} for block in _blocks(space)]
+    return set.intersection(*keys) if keys else set()
+
+
+def _find_beside(space, path):
+    """Let the user's files that blocks name be found beside the sweep's file too, as `config.beside` does."""
+
+    def found(value):
+        if isinstance(value, list):
+            return [found(part) for part in value]
+        return userfile.beside(value, " or ".join(names), path) if userfile.is_reference(value) else value
+
+    for block in _blocks(space):
+        for key, values in block.items():
+            if names := [name.strip() for name in key.split(",") if name.strip() in configs.OF_USER]:
+                block[key] = found(values)
 
 
 def _settings(space):
@@ -578,7 +606,7 @@ def _prepare_data(sweep, todo, directory):
     """Tokenise and cache each text once, before workers want it; check that blocks fit it.
 
     Trials on a text, or with a user's file, that has changed since the others ran would not compare with
-    them: an InputError.
+    them: an InputError. Those that failed without a checkpoint begin anew and do not count.
     """
     seen, hashes, files = [], {}, {}
     for trial in todo:
@@ -591,19 +619,28 @@ def _prepare_data(sweep, todo, directory):
             seen.append(needs)
             hashes[config.data] = train.load_text(config).hash
     for trial in sweep.trials():
-        summary = records.Run(directory / "trials" / trial.name).summary
+        trained = _trained(directory / "trials" / trial.name)
         source = sweep.trial_config(trial).data
-        if summary and source in hashes and summary.get("data_hash") != hashes[source]:
+        if trained and source in hashes and trained.get("data_hash") != hashes[source]:
             raise InputError(
                 f"{source.source} has changed since {trial.name} was trained on it; "
                 "to compare trials on the new text, choose another folder: --run.dir DIR"
             )
-        for path, sha256 in (summary.get("files") or {}).items():
+        for path, sha256 in (trained.get("files") or {}).items():
             if files.get(path, sha256) != sha256:
                 raise InputError(
                     f"{path} has changed since {trial.name} was trained with it; "
                     "to compare trials with the new one, choose another folder: --run.dir DIR"
                 )
+
+
+def _trained(run_dir):
+    """What a trial that is finished or has a checkpoint tells of its data and files; {} for one begun anew."""
+    run = records.Run(run_dir)
+    if run.state == "finished":
+        return run.summary
+    newest = checkpoint.newest(run_dir)
+    return {} if newest is None else checkpoint.load(newest)[2]
 
 
 def _read(sweep, trial, directory):
@@ -622,7 +659,8 @@ def _read(sweep, trial, directory):
         error = f"the run has no record of {sweep.config.objective}"
         return Result(trial, "failed", step, None, error, seconds)
     best = min if sweep.config.goal == "minimize" else max
-    value = float(values[-1] if sweep.config.at == "last" else best(values))
+    known = [value for value in values if not math.isnan(value)]
+    value = float(values[-1] if sweep.config.at == "last" else best(known, default=math.nan))
     if not math.isfinite(value):
         return Result(trial, "failed", step, None, f"{sweep.config.objective} is {value}", seconds)
     return Result(trial, "finished", step, value, "", seconds)

@@ -6,6 +6,7 @@ other keys are that function's keyword arguments.
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from cllm import functional as F
 from cllm import rng, userfile
 from cllm.data.batch import feed
 from cllm.errors import InputError
+from cllm.metrics import a_count
 from cllm.tensor import Tensor
 
 __all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "language_loss"]
@@ -21,8 +23,11 @@ __all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "l
 #: What [task] build says in a run whose task was given to the Trainer in Python.
 GIVEN = "given in Python"
 IGNORED = -100  # the target that cross-entropy leaves out
-# What records hold besides: a metric cannot have such a name.
-RESERVED = {"step", "split", "loss", "lr", "grad_norm", "perplexity", "seconds", "tokens_per_s"}
+# What records, and what `evaluate` returns, hold besides: a metric cannot have such a name.
+RESERVED = {
+    "step", "split", "loss", "lr", "grad_norm", "perplexity", "seconds", "tokens", "tokens_per_s",
+    "examples_per_s",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class TaskConfig:
     Parameters
     ----------
     build : str, optional
-        "my.py:build", relative to the working directory: build(config, **arguments) -> Task.
+        "my.py:build": build(config, **arguments) -> Task.
     run : str, optional
         "my.py:train": train(config, run, **arguments) does everything itself; `run` is a `LoopRun`.
     arguments : dict
@@ -101,17 +106,24 @@ def arguments(key, reference):
 
     Returns
     -------
-    dict or None
-        Name -> default, `inspect.Parameter.empty` where there is none. None when it takes any (``**kwargs``).
+    named : dict
+        Name -> default, `inspect.Parameter.empty` where there is none.
+    any_other : bool
+        Whether it takes others, too (``**kwargs``).
     """
-    parameters = list(inspect.signature(function(key, reference)).parameters.values())
+    try:
+        parameters = list(inspect.signature(function(key, reference)).parameters.values())
+    except (TypeError, ValueError):  # of classes that are not written in Python, such as dict
+        raise InputError(
+            f"task.{key}: the arguments of {reference} cannot be found out, it must be a function (def)"
+        ) from None
     given = {"build": ("config",), "run": ("config", "run")}[key]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise InputError(f"task.{key}: {reference} must take {' and '.join(given)} before its own arguments")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name: p.default for p in parameters[len(given) :] if p.kind is not p.VAR_POSITIONAL}
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    own = [p for p in parameters if p.kind not in starred and p not in positional[: len(given)]]
+    return {p.name: p.default for p in own}, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class Task:
@@ -154,21 +166,41 @@ class Task:
         self.model = model
         self.train = feed(train, "a task's train", block_size)
         self.evals = {}
-        for name, dataset in dict(evals or {}).items():
+        for name, dataset in _named("evals", evals).items():
             if not isinstance(name, str) or not name or name == "train" or "." in name:
                 raise InputError(f'an eval\'s name is {name!r}, it must be a word without a dot, not "train"')
             self.evals[name] = feed(dataset, f"the eval {name!r}", block_size)
         self.loss = loss
-        self.metrics = dict(metrics or {})
+        self.metrics = _named("metrics", metrics)
         for name, metric in self.metrics.items():
             check_metric(name, metric)
-        self.callbacks = tuple(callbacks)
+        self.callbacks = checked_callbacks(callbacks)
         self.tokenizer = tokenizer
 
     @property
     def followed(self):
         """The eval whose loss says which checkpoint is the best; "val" when there is none."""
         return "val" if "val" in self.evals else next(iter(self.evals), "val")
+
+
+def _named(what, values):
+    if values is None or isinstance(values, dict):
+        return dict(values or {})
+    raise InputError(f"a task's {what} is a {type(values).__name__}, it must be a dict: {{name: ...}}")
+
+
+def checked_callbacks(callbacks):
+    """Callbacks as a tuple; an InputError when one cannot be called."""
+    if callable(callbacks) or not isinstance(callbacks, Iterable):
+        given = type(callbacks).__name__
+        raise InputError(f"callbacks is a {given}, it must be a list of functions: callbacks=[f]")
+    callbacks = tuple(callbacks)
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise InputError(f"callbacks has the class {callback.__name__}, give an object of it")
+        if not callable(callback):
+            raise InputError(f"callbacks has {callback!r}, each must be a function f(trainer, record)")
+    return callbacks
 
 
 def check_metric(name, metric):
@@ -193,6 +225,9 @@ def is_streaming(metric):
 
 def build(config):
     """The Task that [task] build makes; the same one for the same config and file.
+
+    That holds for a file that is run afresh, as each run does it (`userfile.forget`); otherwise what the
+    function left in its file's variables is still there.
 
     Raises
     ------
@@ -230,6 +265,8 @@ def language_loss(model, batch, reduction="sum", **options):
     """
     targets = batch.targets
     if batch.mask is not None:
+        if targets.dtype.kind == "u":  # in which -100 would be some class
+            targets = targets.astype(np.int64)
         targets = np.where(batch.mask, targets, IGNORED)
     if hasattr(model, "loss"):
         losses = model.loss(batch.inputs, targets, ignore_index=IGNORED, reduction=reduction, **options)
@@ -246,10 +283,15 @@ def language_loss(model, batch, reduction="sum", **options):
 def checked_loss(result):
     """What a task's loss returned, as (sum Tensor, count); an InputError when it is something else."""
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Tensor):
-        total, count = result[0], float(np.asarray(getattr(result[1], "data", result[1])))
-        if total.data.size == 1 and 0 <= count < np.inf:
-            return total, count
-        given = f"a Tensor {total.shape} and the count {count:g}"
+        total, count = result
+        try:
+            if total.data.size == 1:
+                return total, a_count(count)
+        except ValueError:
+            pass
+        shown = " ".join((repr(count) if isinstance(count, str) else str(count)).split())
+        shown = f"the count {shown}" if len(shown) <= 40 else f"a {type(count).__name__} as the count"
+        given = f"a Tensor {total.shape} and {shown}"
     else:
         given = f"a {type(result).__name__}"
     raise InputError(f"the task's loss returned {given}, it must return a Tensor of one sum and a count")

@@ -22,8 +22,8 @@ from cllm import kernels
 from cllm._core.pool import empty
 
 __all__ = [
-    "WRITTEN", "GradcheckError", "Parameter", "Tensor", "as_tensor", "cat", "einsum", "gradcheck",
-    "is_grad_enabled", "no_grad", "record", "stack", "where",
+    "WRITTEN", "GradcheckError", "Parameter", "Tensor", "as_tensor", "cat", "einsum", "enable_grad",
+    "gradcheck", "is_grad_enabled", "no_grad", "record", "stack", "where",
 ]  # fmt: skip
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -57,16 +57,24 @@ _number = attrgetter("number")
 class no_grad(ContextDecorator):
     """Within this context, or in a function that it decorates, nothing is recorded."""
 
+    _grad = False
+
     def __enter__(self):
         self._before = _mode.grad
-        _mode.grad = False
+        _mode.grad = self._grad
         return self
 
     def __exit__(self, *error):
         _mode.grad = self._before
 
     def _recreate_cm(self):
-        return no_grad()  # one for each call, so that a decorated function may call itself
+        return type(self)()  # one for each call, so that a decorated function may call itself
+
+
+class enable_grad(no_grad):
+    """Within this context operations are recorded, also inside `no_grad`."""
+
+    _grad = True
 
 
 def is_grad_enabled():
@@ -136,8 +144,8 @@ def _collect(root):
     return sorted(seen, key=_number, reverse=True)
 
 
-def _run(root, grad):
-    """Propagate `grad` from `root` to the leaves and free each node after it ran.
+def _run(root, grad, retain_graph):
+    """Propagate `grad` from `root` to the leaves and free each node after it ran, unless told to retain them.
 
     Gradients travel by reference: an operation may hand on the very array that it got, or a view of it. So
     the engine adds in place only to a sum that it has made itself (`owned`).
@@ -159,8 +167,10 @@ def _run(root, grad):
                     else:
                         edge.grad = np.add(edge.grad, grad, out=empty(grad.shape, grad.dtype))
                         edge.owned = True
-            node.grad = node.backward = None
-            node.inputs = ()
+            node.grad = None
+            if not retain_graph:
+                node.backward = None
+                node.inputs = ()
 
 
 # Helpers ---------------------------------------------------------------------------------------------
@@ -240,14 +250,18 @@ def _operands(x, y):
 
 
 def _dims(dim, ndim):
-    """The dimensions to reduce as a tuple of axes from 0; None and () mean all."""
+    """The dimensions to reduce as a tuple of axes from 0; None and () mean all.
+
+    A 0-d tensor may be asked for its dimension 0 or -1, as in torch.
+    """
     if dim is None or (dim.__class__ is tuple and not dim):
         return tuple(range(ndim))
-    return normalize_axis_tuple(dim, ndim)
+    return normalize_axis_tuple(dim, ndim) if ndim else normalize_axis_tuple(dim, 1)[:0]
 
 
-def _sizes(args):
-    """The arguments of reshape and its like: (2, 3) or ((2, 3),)."""
+def _sizes(args, named=None):
+    """The arguments of reshape and its like: (2, 3) or ((2, 3),), or that tuple by its name."""
+    args = args if named is None else (*args, named)
     return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 
 
@@ -260,7 +274,9 @@ def _along(function, dim, *arrays):
     """A function over the last axis of arrays, along dim instead."""
     ndim = arrays[0].ndim
     axis = normalize_axis_index(dim, max(ndim, 1))
-    if axis >= ndim - 1:
+    if not ndim:
+        return function(*(array.reshape(1) for array in arrays)).reshape(())
+    if axis == ndim - 1:
         return function(*arrays)
     return np.moveaxis(function(*(np.moveaxis(array, axis, -1) for array in arrays)), -1, axis)
 
@@ -450,13 +466,15 @@ class Tensor:
             target[...] = grad
             _set_grad(self, target)
 
-    def backward(self, gradient=None):
+    def backward(self, gradient=None, retain_graph=False):
         """Write the gradient of this tensor with respect to each leaf that requires it into its `grad`.
 
         Parameters
         ----------
         gradient : array or Tensor of this tensor's shape, optional
             The gradient to start from; 1 when this tensor has a single element.
+        retain_graph : bool
+            Whether another backward pass may follow; otherwise the tape is freed as it is read.
 
         Raises
         ------
@@ -479,7 +497,7 @@ class Tensor:
         if self._node is None:
             self._accumulate(gradient)
         else:
-            _run(self._node, gradient)
+            _run(self._node, gradient, retain_graph)
 
     # Arithmetic --------------------------------------------------------------------------------------
 
@@ -692,24 +710,31 @@ class Tensor:
     def clamp(self, min=None, max=None):
         """Elements below min become min, then those above max become max; the gradient passes at the bounds.
 
-        min, max : numbers or arrays that broadcast; at least one of them.
+        min, max : numbers, or arrays or Tensors that broadcast, of any dtype; at least one of them. Where a
+            Tensor takes an element's place it gets its gradient.
         """
         if min is None and max is None:
             raise ValueError("clamp: min and max are both None, at least one must be given")
         a = self.data
-        low, high = (None if bound is None else np.asarray(bound, a.dtype) for bound in (min, max))
+        low, high = (_bound(bound, a.dtype) for bound in (min, max))
+        inputs = (self, *(bound for bound in (low, high) if bound is not None))
+        low, high = (None if bound is None else bound.data for bound in (low, high))
         out = a if low is None else np.maximum(a, low)
         out = out if high is None else np.minimum(out, high)
 
         def backward(grad):
-            inside = np.True_
-            if low is not None:
-                inside = a >= low
-            if high is not None:
-                inside = inside & (a <= high)
-            return (_unbroadcast(grad * inside, a.shape),)
+            below = np.False_ if low is None else a < low
+            above = np.False_ if high is None else a > high
+            inside = (np.True_ if low is None else a >= low) & (np.True_ if high is None else a <= high)
+            if low is not None and high is not None:  # max wins where it is below min
+                below, above = below & (low < high), above | (high < low)
+            masks = (inside, *([] if low is None else [below]), *([] if high is None else [above]))
+            return tuple(
+                _unbroadcast(grad * mask, x.data.shape) if x.requires_grad else None
+                for x, mask in zip(inputs, masks)
+            )
 
-        return record(out, (self,), backward)
+        return record(out, inputs, backward)
 
     def softmax(self, dim):
         """exp(x) over its sum along dim."""
@@ -723,13 +748,19 @@ class Tensor:
 
     # Reductions --------------------------------------------------------------------------------------
 
-    def sum(self, dim=None, keepdim=False):
+    def sum(self, dim=None, keepdim=False, *, dtype=None):
+        """The sum over dim, a dimension or several; dtype is what to convert to before."""
+        if dtype is not None:
+            return self.to(dtype).sum(dim, keepdim)
         shape = self.data.shape
         axes = _dims(dim, len(shape))
         out = _sum(self.data, axes, keepdim)
         return record(out, (self,), lambda grad: (np.broadcast_to(_keep(grad, shape, axes), shape),))
 
-    def mean(self, dim=None, keepdim=False):
+    def mean(self, dim=None, keepdim=False, *, dtype=None):
+        """The mean over dim, a dimension or several; dtype is what to convert to before."""
+        if dtype is not None:
+            return self.to(dtype).mean(dim, keepdim)
         shape = self.data.shape
         axes = _dims(dim, len(shape))
         n = math.prod(shape[axis] for axis in axes)
@@ -756,19 +787,34 @@ class Tensor:
 
         return record(out, (self,), backward)
 
-    def max(self, dim=None, keepdim=False):
-        """The largest element, ties sharing its gradient; with dim, (values, indices) of the first ones."""
+    def max(self, dim=None, keepdim=False, *, other=None):
+        """The largest element, ties sharing its gradient; with dim, (values, indices) of the first ones.
+
+        x.max(other) with a Tensor or array: the larger of the two, element by element.
+        """
+        if other is not None or isinstance(dim, (Tensor, np.ndarray)):
+            return _of_two(self, dim if other is None else other, np.maximum, np.less)
         return _extremum(self, dim, keepdim, np.maximum, np.argmax, MaxResult)
 
-    def min(self, dim=None, keepdim=False):
-        """The smallest element, ties sharing its gradient; with dim, (values, indices) of the first ones."""
+    def min(self, dim=None, keepdim=False, *, other=None):
+        """The smallest element, ties sharing its gradient; with dim, (values, indices) of the first ones.
+
+        x.min(other) with a Tensor or array: the smaller of the two, element by element.
+        """
+        if other is not None or isinstance(dim, (Tensor, np.ndarray)):
+            return _of_two(self, dim if other is None else other, np.minimum, np.greater)
         return _extremum(self, dim, keepdim, np.minimum, np.argmin, MinResult)
 
-    def argmax(self, dim=None):
+    def argmax(self, dim=None, keepdim=False):
         """The index of the largest element: an int64 array, not on the tape."""
-        return np.argmax(self.data, axis=dim)
+        if not self.data.ndim:
+            _dims(dim, 0)
+            return np.argmax(self.data)
+        return np.argmax(self.data, axis=dim, keepdims=keepdim)
 
     def cumsum(self, dim):
+        if not self.data.ndim:
+            return self.reshape(1).cumsum(dim).reshape(())
         dim = normalize_axis_index(dim, self.data.ndim)
         dtype = self.data.dtype
         out = np.cumsum(self.data, axis=dim, dtype=np.float64).astype(dtype, copy=False)
@@ -781,14 +827,15 @@ class Tensor:
 
     # Shapes ------------------------------------------------------------------------------------------
 
-    def reshape(self, *shape):
+    def reshape(self, *sizes, shape=None):
         """The elements in C order under another shape: sizes, or one tuple of them; one may be -1."""
         before = self.data.shape
-        return record(self.data.reshape(_sizes(shape)), (self,), lambda grad: (grad.reshape(before),))
+        sizes = _sizes(sizes, shape)
+        return record(self.data.reshape(sizes), (self,), lambda grad: (grad.reshape(before),))
 
-    def view(self, *shape):
+    def view(self, *sizes, size=None):
         """As `reshape`, but an error where that would have to copy."""
-        result = self.reshape(*shape)
+        result = self.reshape(*_sizes(sizes, size))
         if not np.may_share_memory(result.data, self.data) and self.data.size:
             raise RuntimeError("view: this tensor's strides do not allow it without a copy: use reshape")
         return result
@@ -806,8 +853,9 @@ class Tensor:
             return self
         return record(np.ascontiguousarray(self.data), (self,), _identity)
 
-    def permute(self, *dims):
-        dims = normalize_axis_tuple(_sizes(dims), self.data.ndim)
+    def permute(self, *order, dims=None):
+        """The dimensions in another order: their numbers, or one tuple of them."""
+        dims = normalize_axis_tuple(_sizes(order, dims), self.data.ndim)
         inverse = [0] * len(dims)
         for i, dim in enumerate(dims):
             inverse[dim] = i
@@ -836,9 +884,9 @@ class Tensor:
         shape = tuple(n for i, n in enumerate(before) if n != 1 or i not in axes)
         return record(self.data.reshape(shape), (self,), lambda grad: (grad.reshape(before),))
 
-    def expand(self, *sizes):
+    def expand(self, *sizes, size=None):
         """Broadcast to sizes; -1 keeps a dimension. The result is a read-only view."""
-        sizes, before = _sizes(sizes), self.data.shape
+        sizes, before = _sizes(sizes, size), self.data.shape
         lead = len(sizes) - len(before)
         if lead < 0 or any(n == -1 for n in sizes[:lead]):
             raise ValueError(f"expand: {tuple(sizes)} does not fit a tensor of shape {before}")
@@ -856,17 +904,17 @@ class Tensor:
             raise TypeError("iteration over a 0-d tensor")
         return iter(self.unbind(0))
 
-    def split(self, split_size_or_sections, dim=0):
+    def split(self, split_size, dim=0):
         """Parts of one size along dim, the last perhaps smaller, or of the given sizes; a tuple."""
         dim = normalize_axis_index(dim, self.data.ndim)
         length = self.data.shape[dim]
-        if isinstance(split_size_or_sections, (int, np.integer)):
-            size = int(split_size_or_sections)
+        if isinstance(split_size, (int, np.integer)):
+            size = int(split_size)
             if size < 1:
                 raise ValueError(f"split: the size is {size}, it must be at least 1")
             ends = [min(start + size, length) for start in range(0, length, size)] or [0]
         else:
-            sections = list(split_size_or_sections)
+            sections = list(split_size)
             if sum(sections) != length or any(n < 0 for n in sections):
                 raise ValueError(f"split: sizes {sections} must sum to {length}, the size of dimension {dim}")
             ends = list(accumulate(sections))
@@ -1041,6 +1089,8 @@ def _extremum(x, dim, keepdim, ufunc, arg, result):
             return (grad / np.count_nonzero(ties) * ties,)
 
         return record(out, (x,), backward)
+    if not a.ndim:
+        return _extremum(x.reshape(1), dim, False, ufunc, arg, result)
     dim = normalize_axis_index(dim, a.ndim)
     indices = np.expand_dims(arg(a, axis=dim), dim)
 
@@ -1053,6 +1103,34 @@ def _extremum(x, dim, keepdim, ufunc, arg, result):
     if keepdim:
         return result(record(values, (x,), backward), indices)
     return result(record(values.squeeze(dim), (x,), backward), indices.squeeze(dim))
+
+
+def _bound(bound, dtype):
+    """A bound of clamp as a Tensor of this dtype; None stays None."""
+    if bound is None or isinstance(bound, Tensor):
+        return bound if bound is None else bound.to(dtype)
+    return Tensor(np.asarray(bound, dtype))
+
+
+def _of_two(x, y, ufunc, loses):
+    """ufunc(x, y), the larger or the smaller of two; `loses` says where it is not the first."""
+    got = type(y).__name__
+    x, y = _operands(x, y)
+    if y is NotImplemented:
+        raise TypeError(f"{ufunc.__name__}: got {got}, it must be a Tensor or an array")
+    y = y if isinstance(y, Tensor) else Tensor(np.full((), y, x.data.dtype))
+    a, b, need_x, need_y = x.data, y.data, x.requires_grad, y.requires_grad
+
+    def share(grad, lost, shape):
+        return _unbroadcast(np.where(a == b, grad / 2, np.where(lost, 0, grad)), shape)
+
+    def backward(grad):
+        return (
+            share(grad, loses(a, b), a.shape) if need_x else None,
+            share(grad, loses(b, a), b.shape) if need_y else None,
+        )
+
+    return record(ufunc(a, b), (x, y), backward)
 
 
 def _parts(x, indices):

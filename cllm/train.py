@@ -44,6 +44,7 @@ SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
 # What a resumed run may change: all else would make it another run.
 RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads")
+NO_CALLBACKS = "callbacks are given, but task.run is a loop of its own, which calls none"
 
 
 class _ThreadChoice:
@@ -87,8 +88,9 @@ class Trainer(Lifecycle):
 
     Parameters
     ----------
-    config : cllm.config.Config
-        Its [task] names a task of the user's own; without one it is a GPT on [data].
+    config : cllm.Config, dict or path-like
+        As ``cllm.config.load(path, overrides)`` gives it; a dict of its keys, nested or dotted, or the path of
+        a TOML file will do. Its [task] names a task of the user's own; without one it is a GPT on [data].
     task : cllm.Task, optional
         A task made in Python, instead of [task] build. Its run can only be resumed from Python.
     callbacks : iterable of callables
@@ -110,6 +112,7 @@ class Trainer(Lifecycle):
     """
 
     def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run"):
+        config = configs.given(config)
         super().__init__(config, progress, name)
         if task is not None:
             if not isinstance(task, tasks.Task):
@@ -118,13 +121,13 @@ class Trainer(Lifecycle):
                 raise InputError(f"task is given, and task.{config.task.key} names another: leave out one")
             self.config = replace(config, task=tasks.TaskConfig(build=tasks.GIVEN))
         self.task = task
-        self.given_callbacks = tuple(callbacks)
+        self.given_callbacks = tasks.checked_callbacks(callbacks)
         self.position = 0  # micro-batches consumed, which is all that the loader has to remember
 
     def fit(self):
         if self.config.task.run is not None:
             if self.given_callbacks:
-                raise InputError("callbacks are given, but task.run is a loop of its own, which calls none")
+                raise InputError(NO_CALLBACKS)
             return OwnLoop(self.config, self.progress, self.name).fit()
         return super().fit()
 
@@ -147,6 +150,11 @@ class Trainer(Lifecycle):
         if train.sample_interval and task.tokenizer is None:
             interval = train.sample_interval
             raise InputError(f"train.sample_interval is {interval}, but the task has no tokenizer")
+        if train.sample_interval and not hasattr(getattr(task.model, "config", None), "block_size"):
+            interval = train.sample_interval
+            raise InputError(
+                f"train.sample_interval is {interval}, but the task's model has no config.block_size"
+            )
         self.model = task.model
         self.optimizer = optim.build(config.optim, self.model.named_parameters())
         self.parameters = list(self.model.parameters())
@@ -201,6 +209,7 @@ class Trainer(Lifecycle):
 
     def _train(self, interrupt):
         train = self.config.train
+        self.model.train()
         self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
         self.recorder.truncate(self.step)
         while self.step < train.max_steps and not self.stop:
@@ -240,7 +249,7 @@ class Trainer(Lifecycle):
         lr = schedules.at(config.schedule, self.step, config.optim.lr, train.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total, count = 0.0, 0
+        total, count, examples = 0.0, 0, 0
         for micro in range(train.grad_accum):
             batch = self.task.train.batch(self.position + micro, train.batch_size, train.seed)
             rng.set_stream(train.seed, self.step, micro)
@@ -252,6 +261,7 @@ class Trainer(Lifecycle):
                 assumed = n * train.grad_accum or 1  # the step's count, which only the last batch completes
             total += loss.item()
             count += n
+            examples += len(batch)
             (loss * (1.0 / assumed)).backward()
         if count not in (assumed, 0):
             for parameter in self.parameters:
@@ -274,7 +284,7 @@ class Trainer(Lifecycle):
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
-            "tokens_per_s": count / (perf_counter() - began),
+            f"{self.unit}_per_s": (count if self.unit == "tokens" else examples) / (perf_counter() - began),
         }
 
     def _evaluate(self, split):
@@ -291,6 +301,7 @@ class Trainer(Lifecycle):
     def _log(self, record):
         for callback in self.callbacks:
             callback(self, record)
+        record.update({key: records.number(value) for key, value in record.items()})
         self.recorder.write(record)
 
     def _save(self):
@@ -465,6 +476,10 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
     if finished and config.train.max_steps == saved.train.max_steps:
         return earlier.summary
     if config.task.run is not None:
+        if task is not None:
+            raise InputError("task is given, but task.run is a loop of its own, which has none")
+        if tasks.checked_callbacks(callbacks):
+            raise InputError(NO_CALLBACKS)
         run = OwnLoop(config, progress)
     else:
         if config.task.build == tasks.GIVEN and task is None:
@@ -573,6 +588,8 @@ def evaluate(model, data, batch_size=None, *, loss=None, metrics=None):
         When the split is shorter than one window, or nothing in it counts.
     """
     batches = feed(data, "the data to evaluate", getattr(getattr(model, "config", None), "block_size", None))
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise InputError(f"batch_size is {batch_size!r}, it must be an integer of at least 1")
     for name, metric in (metrics or {}).items():
         tasks.check_metric(name, metric)
     result, count = _measure(model, batches.batches(batch_size or _evaluation_batch(batches)), loss, metrics)

@@ -1,8 +1,10 @@
 """Things of a user's own, named in a configuration as ``"path/to/file.py:name"``.
 
 `[task] build`, `[task] run`, `[optim] name` and `[model] attention` take such names. The path is relative
-to the working directory. A file is run once for each content that it has had, so that two names in one file
-share its module, and an edited file is run again. Modules beside the file can be imported from it.
+to the working directory; where it does not exist from there, a config file's is relative to that file's
+folder, and becomes the path as seen from the working directory. Each run runs a file afresh, and once: two
+names in one file share its module, and what one run leaves in its variables does not reach the next. Modules
+beside the file can be imported from it; those are Python's, and stay.
 
 What a user's file raises comes through as it is: it is their code, and their traceback helps most.
 """
@@ -16,7 +18,7 @@ from pathlib import Path
 from cllm.errors import InputError, nearest
 from cllm.files import write_atomic
 
-__all__ = ["digest", "digests", "is_reference", "keep", "load", "own_traceback", "refuse_changed"]
+__all__ = ["beside", "digest", "digests", "forget", "is_reference", "keep", "load", "own_traceback", "refuse_changed"]
 
 _MODULES = {}  # (resolved path, sha256) -> module
 _RUN = set()  # paths of the files that were run, as they were written
@@ -29,7 +31,7 @@ def is_reference(text):
 
 
 def load(reference, what):
-    """The object that ``"file.py:name"`` stands for; the file is run when its content is new.
+    """The object that ``"file.py:name"`` stands for; the file is run when its content is new, or forgotten.
 
     Parameters
     ----------
@@ -50,6 +52,35 @@ def load(reference, what):
         public = [key for key in vars(module) if not key.startswith("_")]
         raise InputError(f"{what} is {reference!r}, but {path} has no {name}{nearest(name, public)}")
     return getattr(module, name)
+
+
+def beside(reference, what, config_file):
+    """A config file's reference as one that holds in the working directory.
+
+    The path stays when it exists from there; else it becomes that of the file beside the config file.
+
+    Raises
+    ------
+    InputError
+        When there is no such file in either place.
+    """
+    path, name = _parts(reference, what)
+    there = Path(config_file).parent / path
+    if path.exists() or path == there:
+        return reference
+    if not there.exists():
+        raise InputError(
+            f"{what} names {path}, which is neither in the working directory, {Path.cwd()}, nor beside "
+            f"{config_file}"
+        )
+    if there.is_absolute() and there.is_relative_to(Path.cwd()):
+        there = there.relative_to(Path.cwd())
+    return f"{there}:{name}"
+
+
+def forget():
+    """Let each file be run afresh when something of it is next asked for."""
+    _MODULES.clear()
 
 
 def digest(reference, what="the reference"):
@@ -86,14 +117,18 @@ def refuse_changed(files, folder, run_dir):
         Says how to go on.
     """
     for path, sha256 in files.items():
+        kept = folder / _kept_name(path, sha256)
         try:
-            same = hashlib.sha256(Path(path).read_bytes()).hexdigest() == sha256
-        except OSError:
-            same = False
-        if not same:
+            source = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path}, with which {run_dir} was trained, cannot be read ({error.strerror}) from the working "
+                f"directory, {Path.cwd()}; go back to the one it was trained in, or put back {kept}"
+            ) from None
+        if hashlib.sha256(source).hexdigest() != sha256:
             raise InputError(
                 f"{path} has changed since {run_dir} was trained with it; put back the version that is kept "
-                f"in {folder / _kept_name(path, sha256)}, or start a new run"
+                f"in {kept}, or start a new run"
             )
 
 

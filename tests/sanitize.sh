@@ -7,7 +7,7 @@ python="$(realpath --no-symlinks "${1:-.venv/bin/python}")"
 
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-tar --exclude='*.so' --exclude=__pycache__ -cf - cllm tests setup.py pyproject.toml | tar -xf - -C "$scratch"
+tar --exclude='*.so' --exclude=__pycache__ -cf - cllm docs tests setup.py pyproject.toml | tar -xf - -C "$scratch"
 cd "$scratch"
 CLLM_DEBUG=1 "$python" setup.py build_ext --inplace > build.log 2>&1 || { cat build.log; exit 1; }
 
@@ -17,4 +17,4 @@ CLLM_DEBUG=1 "$python" setup.py build_ext --inplace > build.log 2>&1 || { cat bu
 export PYTHONMALLOC=malloc PYTHONPATH="$scratch" CLLM_TEST_EXAMPLES="${CLLM_TEST_EXAMPLES:-4}"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$(gcc -print-file-name=libasan.so)" \
-    "$python" -m pytest --capture=sys -p no:cacheprovider tests/test_kernels_*.py tests/test_properties.py
+    "$python" -m pytest --capture=sys -p no:cacheprovider -k "not torch" tests/test_kernels_*.py tests/test_properties.py

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from cllm import figures, records
+from cllm import figures, records, sweep
 from cllm.errors import InputError
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -158,6 +158,46 @@ def test_metric_curves_has_a_panel_a_metric_and_a_kind_of_line_a_split(tmp_path)
         figures.metric_curves(runs, ["acuracy"])
 
 
+def test_a_mean_is_over_the_seeds_that_have_the_step_and_the_words_count_them(tmp_path):
+    for seed, steps in enumerate((60, 60, 20)):
+        config = {"optim.lr": 1e-3, "train.seed": seed}
+        write_run(tmp_path / "trials" / f"s000-seed{seed}", config, 2.0 + seed, steps=steps)
+    figure = figures.loss_curves(records.load(tmp_path))
+    loss, lr, _ = figure.axes
+    (mean,) = line_at(loss, "o")
+    assert mean.get_xdata().tolist() == [20, 40, 60]
+    assert mean.get_ydata()[-1] == pytest.approx((2.0 + 3.0) / 2)
+    (band,) = loss.collections
+    assert band.get_paths()[0].get_extents().intervaly[1] == pytest.approx(4.0)  # of the short run
+    assert len(lr.get_lines()[0].get_xdata()) == 60
+    assert title_of(figure) == "Loss over training, 2 to 3 seeds each"
+    assert legend_texts(figure)[-1].endswith("of 2 to 3 seeds")
+    assert_tidy(figure)
+
+
+def test_a_seed_without_the_metric_is_neither_drawn_nor_counted(tmp_path):
+    for seed, names in enumerate((["accuracy", "f1"], ["accuracy", "f1"], ["f1"])):
+        write_metrics(tmp_path / "trials" / f"s000-seed{seed}", seed, names)
+    runs = records.load(tmp_path)
+    figure = figures.metric_curves(runs, ["accuracy"])
+    val, _ = figure.axes[0].get_lines()
+    np.testing.assert_allclose(val.get_ydata(), np.array([0.25, 0.5, 0.75, 1]) - 0.01)
+    assert title_of(figure) == "Metrics over training, mean and range of 2 seeds"
+    assert "2 to 3 seeds" in title_of(figures.metric_curves(runs, ["accuracy", "f1"]))
+    alone = figures.metric_curves(runs[1:], ["accuracy"])
+    assert title_of(alone) == "Metrics over training" and not alone.axes[0].collections
+
+
+@pytest.mark.parametrize("n_runs", [4, 5])
+def test_raw_losses_are_drawn_of_few_runs(tmp_path, n_runs):
+    for seed in range(n_runs):
+        write_run(tmp_path / "trials" / f"s000-seed{seed}", {"train.seed": seed}, 2.0)
+    figure = figures.loss_curves(records.load(tmp_path))
+    few = n_runs == 4
+    assert len(figure.axes[0].get_lines()) == 2 + 4 * few
+    assert ("training, raw" in legend_texts(figure)) == few
+
+
 def test_metric_curves_of_many_metrics_and_of_none(tmp_path, sweep_dir):
     write_metrics(tmp_path / "many", 0, names=[f"m{i}" for i in range(20)])
     figure = figures.metric_curves(records.load(tmp_path / "many"))
@@ -289,6 +329,62 @@ def test_against_takes_each_runs_best_record(tmp_path, goal, best):
         assert star.get_ydata() == [value]
 
 
+def write_ends(path, config, losses, accuracies=()):
+    """A run's directory with a first training loss of 1 and some records of validation."""
+    write_run(path, {"train.seed": 0, **config}, 2.0)
+    with records.Recorder(path) as recorder:
+        recorder.truncate(0)
+        recorder.write({"step": 1, "split": "train", "loss": 1.0})
+        for step, (loss, accuracy) in enumerate(zip(losses, accuracies or losses), 1):
+            recorder.write({"step": step, "split": "val", "loss": loss, "accuracy": accuracy})
+
+
+@pytest.mark.parametrize("key", ["task.build", "task.run"])
+def test_a_tasks_loss_may_end_above_that_of_its_first_training_step(tmp_path, key):
+    for index, lr in enumerate((1e-3, 3e-3)):
+        config = {"optim.lr": lr, key: "my.py:function"}
+        write_ends(tmp_path / "trials" / f"s{index:03d}-seed0", config, [1.2, 1.5 + index])
+    toml = '[sweep]\nobjective = "val.loss"\nat = "last"\ngoal = "minimize"\n[[space]]\n"optim.lr" = []\n'
+    (tmp_path / "sweep.toml").write_text(toml, encoding="utf-8")
+    (axes,) = figures.against(records.load(tmp_path), "optim.lr").axes
+    assert axes.containers[0][0].get_ydata().tolist() == [1.5, 2.5]
+    assert not line_at(axes, "X")
+    assert "val.loss-against-optim.lr.png" in [path.name for path in figures.for_directory(tmp_path)]
+
+
+def test_when_all_runs_diverged_the_error_says_so(tmp_path):
+    write_ends(tmp_path / "run", {"optim.lr": 1e-3}, [1.2, 1.5], [0.5, math.nan])
+    runs = records.load(tmp_path / "run")
+    message = r'every finished run diverged: its "val\.loss" is NaN or above the first training loss$'
+    with pytest.raises(InputError, match=message):
+        figures.against(runs, "optim.lr")
+    with pytest.raises(InputError, match=r'every finished run diverged: its "val\.accuracy" is NaN$'):
+        figures.against(runs, "optim.lr", "val.accuracy")
+
+
+@pytest.mark.parametrize("at, goal, expected", [
+    ("best", "minimize", [0.4, 0.4, None]), ("best", "maximize", [0.6, 0.6, None]),
+    ("last", "minimize", [0.6, None, None]),
+])  # fmt: skip
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_nan_is_never_best_and_no_end_as_in_the_sweeps_table(tmp_path, metric, at, goal, expected):
+    series = [[math.nan, 0.4, 0.6], [0.4, 0.6, math.nan], [math.nan, math.nan, math.nan]]
+    toml = f'[sweep]\nat = "{at}"\ngoal = "{goal}"\nobjective = "val.{metric}"\nseeds = [0]\n'
+    toml += '[base.task]\nrun = "my.py:run"\n[[space]]\n"optim.lr" = [0.001, 0.003, 0.01]\n'
+    (tmp_path / "grid.toml").write_text(toml, encoding="utf-8")
+    plan = sweep.Sweep.load(tmp_path / "grid.toml")
+    table = []
+    for trial, losses in zip(plan.trials(), series):
+        path = tmp_path / "trials" / trial.name
+        write_ends(path, {"optim.lr": trial.overrides["optim.lr"]}, losses)
+        records.write_summary(path, {"state": "finished", "step": 3, "seconds": 1.0})
+        table.append(sweep._read(plan, trial, tmp_path).value)
+    assert table == expected
+    (axes,) = figures.against(records.load(tmp_path), "optim.lr", f"val.{metric}", at=at, goal=goal).axes
+    assert axes.containers[0][0].get_ydata().tolist() == [value for value in expected if value is not None]
+    assert [text.get_text() for text in axes.texts] == ["1 of 1"] * expected.count(None)
+
+
 def test_against_one_seed_has_no_error_bars(sweep_dir):
     runs = [run for run in records.load(sweep_dir) if run.config["train.seed"] == 0]
     figure = figures.against(runs, "optim.lr")
@@ -341,7 +437,7 @@ def heads(H=4, T=7, S=7):
 
 @pytest.mark.parametrize("n_head, shape", [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (6, (2, 3)), (10, (3, 4))])
 def test_attention_shows_each_head_on_one_scale(n_head, shape):
-    weights = heads(n_head)
+    weights = heads(n_head) / np.arange(1, n_head + 1)[:, None, None]  # each head has another maximum
     figure = figures.attention(weights)
     pictures = [axes.images[0] for axes in figure.axes if axes.images]
     assert len(pictures) == n_head

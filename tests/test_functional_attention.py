@@ -162,6 +162,41 @@ def test_the_gradient_of_a_mask_with_everything_else():
     assert cllm.gradcheck(attention, tensors_of([(2, 4, 3, 3), (2, 2, 6, 3), (2, 2, 6, 2), (4, 1, 6)]))
 
 
+@pytest.mark.parametrize("name", ["boolean", "float", "repeated", "slopes", "offsets"])
+def test_what_the_caller_changes_after_the_forward_pass_does_not_matter(name):
+    seen = values(5, 6, seed=8) > -0.3
+    given = {
+        "boolean": seen,
+        "float": np.where(seen, values(5, 6, seed=9), -np.inf),
+        "repeated": np.broadcast_to(values(2, 1, 5, 1, seed=9) > 0, (2, 4, 5, 6)),
+        "slopes": np.array([0.5, 0.1, 0.2, 0.7]),
+        "offsets": np.array([1, 2]),
+    }[name]
+    owner = given if given.base is None else given.base
+    option = name if name in ("slopes", "offsets") else "mask"
+    options = {"is_causal": True, "slopes": np.array([0.3, 0.1, 0.6, 0.2]), option: given}
+    grads = []
+    for change in (False, True):
+        tensors = tensors_of([(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 3)])
+        y = fused_attention(*tensors, **options)
+        if change:
+            owner[...] = 0
+        y.backward(values(*y.shape, seed=7))
+        grads.append(tuple(x.grad for x in tensors))
+    assert same_bits(*grads)
+
+
+def test_what_the_caller_changes_after_packed_attention_does_not_matter():
+    grads, slopes = [], np.array([0.3, 0.1])
+    for change in (False, True):
+        (x,) = tensors_of([(2, 5, 24)])
+        y = F.causal_self_attention(x, 2, slopes=slopes)
+        slopes *= not change
+        y.backward(values(*y.shape, seed=7))
+        grads.append(x.grad)
+    assert same_bits(*grads)
+
+
 @pytest.mark.parametrize("name", ["key", "value", "query"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_nan_stays_with_those_that_see_it(learned, name):
@@ -298,3 +333,11 @@ def test_gradients_of_packed_attention(options):
 def test_packed_attention_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         F.causal_self_attention(Tensor(values(2, 5, 12)), 4, **options)
+
+
+@pytest.mark.parametrize("rotary_base", [None, 10.0])
+def test_packed_attention_refuses_no_heads(rotary_base):
+    x = Tensor(values(2, 5, 12))
+    for n_head, n_kv_head, name in ((0, None, "n_head"), (-2, 1, "n_head"), (2, 0, "n_kv_head")):
+        with pytest.raises(ValueError, match=f"attention.*: {name} is {0 if n_head >= 0 else -2}, it must be"):
+            F.causal_self_attention(x, n_head, n_kv_head=n_kv_head, rotary_base=rotary_base)

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "loop": {"checkpoint", "lifecycle", "records", "task"},
     "metrics": {"kernels", "tensor"},
     "nn": {"functional", "kernels", "rng", "tensor"},
-    "optim": {"kernels", "userfile"},
+    "optim": {"kernels", "tensor", "userfile"},
     "parity": {"kernels", "reference"},
     "progress": set(),
     "records": {"files"},

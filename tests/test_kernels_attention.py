@@ -247,6 +247,23 @@ def test_alibi_slopes_and_what_they_do():
     assert same_bits(both_passes(*arrays, slopes=strided(slopes), offsets=np.int8([0, 30])), results)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_alibi_of_queries_beyond_the_last_key_loses_no_digits(is_causal):
+    """All that is seen lies 10^4 and more positions back, or 2 to 61: what these share makes no difference."""
+    arrays = problem(2, 2, 60, 40, 8, np.float32)
+    options = {"slopes": np.array([0.7, 0.01]), "is_causal": is_causal}
+    near = both_passes(*arrays, offsets=[41, 60], **options)
+    far = both_passes(*arrays, offsets=[10_000, 2**31 - 1], **options)
+    assert same_bits(near, far)
+    position = np.full((60, 1), 39)
+    bias = -options["slopes"][:, None, None] * (position - np.arange(40))
+    assert_close(far, reference_passes(*arrays, mask=bias), np.float32)
+    position = np.array([10_000, 20_000])[:, None, None, None] + np.arange(60)[:, None]
+    whole = -options["slopes"][:, None, None] * (position - np.arange(40.0))
+    expected = reference_passes(*arrays, mask=whole)
+    assert_close((far[0], *far[2:]), (expected[0], *expected[2:]), np.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_and_large_scores(dtype):
     q, k, v, dout = problem(1, 2, 40, 40, 8, dtype)
@@ -332,6 +349,21 @@ def test_what_is_not_finite_reaches_only_what_depends_on_it(kind, bad, name):
             assert np.array_equal(np.isfinite(result), np.isfinite(want))
             same = np.isfinite(want) & np.isclose(want, before, rtol=1e-3, atol=1e-4)
             assert np.allclose(result[same], want[same], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_what_its_scale_makes_infinite_reaches_only_what_depends_on_it(name):
+    for position in (0, 5, 63, 99):
+        arrays = dict(zip(("q", "k", "v", "dout"), problem(1, 2, 100, 100, 4, np.float32, G=1)))
+        clean = both_passes(*arrays.values(), is_causal=True, scale=10.0)
+        arrays[name][0, 0, position] = 1e38
+        out, lse, dq, dk, dv = both_passes(*arrays.values(), is_causal=True, scale=10.0)
+        if name == "k":  # queries before the key do not see it
+            assert same_bits(dq[:, :, :position], clean[2][:, :, :position])
+            assert not np.isfinite(dq[:, 0, position:]).all()
+        else:  # keys after the query are not seen by it
+            assert same_bits(dk[:, :, position + 1 :], clean[3][:, :, position + 1 :])
+            assert np.isfinite(np.delete(dq, position, axis=2)).all()
 
 
 @pytest.mark.parametrize("kind", ["bool", "-inf", "bool, causal"])
@@ -521,3 +553,24 @@ def test_refuses_bad_scalars():
     assert_refuses(ValueError, message, packed, qkv, 0)
     message = "packed_attention_forward: qkv is None, it must be float32 or float64"
     assert_refuses(TypeError, message, packed, None, 2)
+
+
+def test_numbers_of_heads_of_a_small_dtype_do_not_wrap():
+    """3 * 30000 is 24464 in uint16, and 3 * 100 is 44 in uint8."""
+    message = "packed_attention_forward: qkv is (1, 2, 6), it must be (B, T, 90000 D) for 30000 heads"
+    assert_refuses(ValueError, message, kernels.packed_attention_forward, values(1, 2, 6), np.uint16(30000))
+    qkv = values(1, 2, 300)
+    assert same_bits(kernels.packed_attention_forward(qkv, np.uint8(100)),
+                     kernels.packed_attention_forward(qkv, 100))  # fmt: skip
+    assert same_bits(kernels.alibi_slopes(np.uint8(200)), kernels.alibi_slopes(200))
+
+
+def test_scale_is_finite_in_the_arrays_dtype():
+    q = values(1, 1, 2, 4, dtype=np.float32)
+    for scale in (np.inf, np.nan, -np.inf, 1e39):
+        message = f"attention_forward: scale is {scale}, it must be finite in float32"
+        assert_refuses(ValueError, message, kernels.attention_forward, q, q, q, scale=scale)
+    message = "packed_attention_forward: scale is inf, it must be finite in float64"
+    assert_refuses(ValueError, message, kernels.packed_attention_forward, values(1, 2, 6), 1, scale=np.inf)
+    message = "attention_forward: scale is too large for a float"
+    assert_refuses(ValueError, message, kernels.attention_forward, q, q, q, scale=10**400)

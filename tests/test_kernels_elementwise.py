@@ -348,3 +348,18 @@ def test_odd_inputs():
     assert_refuses(TypeError, message, kernels.gelu_forward, None)
     message = "gelu_forward: x is >f4, it must be float32 or float64"
     assert_refuses(TypeError, message, kernels.gelu_forward, np.zeros(3, ">f4"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["tanh", "none"])
+def test_gelu_is_0_at_minus_infinity(form, dtype):
+    y = kernels.gelu_forward(np.array([-np.inf, -11, np.nan, np.inf] * 5, dtype), form).reshape(5, 4)
+    assert (y[:, :2] == 0).all()
+    assert np.isnan(y[:, 2]).all()
+    assert (y[:, 3] == np.inf).all()
+
+
+def test_dropout_takes_scalars_of_any_float_dtype():
+    """In float16 2**32 is infinite."""
+    x, p = values(1000), np.float16(0.1)
+    assert same_bits(kernels.dropout_forward(x, p, np.uint8(3)), kernels.dropout_forward(x, float(p), 3))

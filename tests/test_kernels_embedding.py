@@ -126,10 +126,18 @@ def test_refuses_bad_arguments():
     assert_refuses(ValueError, message, backward, weight, tokens, 5)
     message = "embedding_backward: accumulate=True needs an array in out"
     assert_refuses(ValueError, message, backward, weight[:4], tokens, 5, accumulate=True)
-    for n_rows, kind, what in ((-1, ValueError, "at least 0"), (4.5, TypeError, "an integer")):
+    for n_rows, kind, what in ((-1, ValueError, "in [0, 2**48)"), (2**70, ValueError, "in [0, 2**48)"),
+                               (4.5, TypeError, "an integer")):  # fmt: skip
         message = f"embedding_backward: n_rows is {n_rows}, it must be {what}"
         assert_refuses(kind, message, backward, weight[:0], tokens[:0], n_rows)
     message = f"embedding_forward: tokens has {2**64 - 1}, it must be below 2**63"
     assert_refuses(ValueError, message, forward, np.array([2**64 - 1], np.uint64), weight)
     message = "embedding_forward: tokens is a ragged list, its rows must have one length"
     assert_refuses(ValueError, message, forward, [[0], [1, 2]], weight)
+
+
+def test_number_of_rows_of_a_small_dtype_does_not_wrap():
+    """200 + 100 is 44 in uint8: the lists of tokens were too short."""
+    dy, tokens = values(100, 8), np.arange(100)
+    assert same_bits(kernels.embedding_backward(dy, tokens, np.uint8(200)),
+                     kernels.embedding_backward(dy, tokens, 200))  # fmt: skip

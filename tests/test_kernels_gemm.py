@@ -348,3 +348,23 @@ def test_python_threads_at_once_and_a_forked_child():
         right = kernels.get_num_threads() == 1 and same_bits(kernels.matmul(a, a), expected)
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_writes_through_subclasses(tmp_path):
+    """An np.matrix stays 2-D when it is reshaped: as it was, memory behind it was overwritten."""
+    a, b = values(3, 4), values(4, 2)
+    x, weight, bias = values(5, 4), values(1, 4), values(1)
+    on_disk = np.memmap(tmp_path / "out", np.float64, "w+", shape=(3, 2))
+    for out in (np.zeros((3, 2)).view(np.matrix), on_disk):
+        result = kernels.matmul(a, b, out=out)
+        assert type(result) is np.ndarray
+        assert np.shares_memory(result, out)
+        assert same_bits(np.asarray(out), kernels.matmul(a, b))
+    out = np.zeros((3, 2)).view(np.matrix)
+    assert same_bits(kernels.matmul(a.view(np.matrix), b.view(np.matrix), out=out), kernels.matmul(a, b))
+    dy = values(5, 1)
+    out = [np.zeros((5, 4)).view(np.matrix), np.zeros((1, 4)).view(np.matrix), None]
+    gradients = kernels.linear_backward(dy, x.view(np.matrix), weight.view(np.matrix), out=tuple(out))
+    assert same_bits(gradients, kernels.linear_backward(dy, x, weight))
+    assert same_bits(kernels.linear_forward(x.view(np.matrix), weight, bias),
+                     kernels.linear_forward(x, weight, bias))  # fmt: skip

@@ -628,3 +628,57 @@ def test_elementwise_losses_refuse_bad_arguments():
     weight = np.ones((2, 3, 4), np.float32)
     assert_refuses(ValueError, message, kernels.bce_with_logits_forward, x, t, weight=weight, out=out)
     assert (out == 9).all()
+
+
+def test_thresholds_are_refused_where_the_dtype_cannot_hold_them():
+    x, t = np.zeros(3, np.float32), np.ones(3, np.float32)
+    for name, value in (("smooth_l1", 1e39), ("smooth_l1", np.inf), ("huber", 1e39), ("huber", np.inf)):
+        option = "beta" if name == "smooth_l1" else "delta"
+        message = f"{name}_forward: {option} is {value}, it must be finite in float32"
+        assert_refuses(ValueError, message, getattr(kernels, f"{name}_forward"), x, t, value)
+        message = f"{name}_backward: {option} is too large for a float"
+        assert_refuses(ValueError, message, getattr(kernels, f"{name}_backward"), x, x, t, 10**400)
+    message = "huber_forward: delta is 1e-40, it must be at least 1.1754943508222875e-38 in float32"
+    assert_refuses(ValueError, message, kernels.huber_forward, x, t, 1e-40)
+    assert (kernels.smooth_l1_forward(x, t, 1e-60) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_rows_where_nothing_has_a_share(dtype):
+    """They have loss 0 and no gradient whatever their logits are, as in the reference."""
+    logits = np.array([[np.nan, 1], [np.inf, 1], [-np.inf, -np.inf], [1, np.nan], [1, 2]], dtype)
+    q = np.array([[0, 0], [0, 0], [0, 0], [0.5, 0.5], [0, 0]], dtype)
+    dlosses = np.ones(5, dtype)
+    for z_loss in (0.0, 0.1):
+        losses, lse = kernels.soft_cross_entropy_forward(logits, q, z_loss=z_loss)
+        with np.errstate(invalid="ignore"):
+            expected, _ = reference.soft_cross_entropy_forward(logits, q, z_loss=z_loss)
+            gradient = reference.soft_cross_entropy_backward(dlosses, logits, q, lse, z_loss=z_loss)
+        np.testing.assert_array_equal(losses, expected)
+        np.testing.assert_array_equal(losses, [0, 0, 0, np.nan, 0])
+        result = kernels.soft_cross_entropy_backward(dlosses, logits, q, lse, z_loss=z_loss)
+        np.testing.assert_array_equal(result, gradient)
+        assert not result[[0, 1, 2, 4]].any()
+
+
+def test_float64_gradients_keep_their_tails():
+    """Only float32 drops probabilities under 1e-30, whose products would be denormals."""
+    logits, targets, one = np.array([[0.0, -100.0]]), np.zeros(1, np.int64), np.ones(1)
+    _, lse = kernels.cross_entropy_forward(logits, targets)
+    hard = kernels.cross_entropy_backward(one, logits, targets, lse)
+    soft = kernels.soft_cross_entropy_backward(one, logits, np.array([[1.0, 0.0]]), lse)
+    for gradient in (hard, soft):
+        assert gradient[0, 1] == pytest.approx(np.exp(-100), rel=1e-12)
+
+
+def test_cross_entropy_takes_scalars_of_any_dtype():
+    logits, targets, q = values(4, 5), np.array([0, 1, 2, 3]), np.abs(values(4, 5, seed=1))
+    small = {"label_smoothing": np.float16(0.1), "z_loss": np.float16(0.01)}
+    whole = {name: float(value) for name, value in small.items()}
+    forward = kernels.cross_entropy_forward
+    assert same_bits(forward(logits, targets, ignore_index=np.int8(2), **small),
+                     forward(logits, targets, ignore_index=2, **whole))  # fmt: skip
+    forward = kernels.soft_cross_entropy_forward
+    assert same_bits(forward(logits, q, **small), forward(logits, q, **whole))
+    message = "soft_cross_entropy_forward: z_loss is too large for a float"
+    assert_refuses(ValueError, message, forward, logits, q, z_loss=10**400)

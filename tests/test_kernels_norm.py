@@ -371,3 +371,11 @@ def test_rms_norm_refuses_bad_arguments():
     assert_refuses(ValueError, message, backward, x, x, w, rstd, accumulate=True)
     message = "rms_norm_backward: out must be a tuple of 2 arrays (dx, dweight)"
     assert_refuses(TypeError, message, backward, x, x, w, rstd, out=x)
+
+
+def test_eps_is_a_number_that_a_float_holds():
+    x, weight = values(2, 3), np.ones(3)
+    message = "layer_norm_forward: eps is too large for a float"
+    assert_refuses(ValueError, message, kernels.layer_norm_forward, x, weight, None, 10**400)
+    eps = np.float16(1e-3)
+    assert same_bits(kernels.rms_norm_forward(x, eps=eps), kernels.rms_norm_forward(x, eps=float(eps)))

@@ -1,6 +1,10 @@
 """Optimizer kernels: float64 formulas, threads bitwise, odd and empty sizes, denormals, bad arguments."""
 
 import math
+from fractions import Fraction
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,7 +294,7 @@ def test_adafactor_matches_the_reference_at_any_shape(shape, dtype, step, d, eps
         assert_close(arrays[key], expected[key], dtype)
 
 
-@pytest.mark.parametrize("shape", [(130, 700), (2011, 50), (70001,)], ids=str)
+@pytest.mark.parametrize("shape", [(130, 700), (2011, 50), (10, 9001), (70001,)], ids=str)
 def test_adafactor_is_the_same_bits_at_any_thread_count(shape, threads):
     grad = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     results = []
@@ -300,6 +304,25 @@ def test_adafactor_is_the_same_bits_at_any_thread_count(shape, threads):
         kernels.adafactor_update(grad=grad, **arrays, **ADAFACTOR)
         results.append(b"".join(array.tobytes() for array in arrays.values()))
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_adafactor_of_wide_matrices_needs_less_memory_than_these():
+    program = """
+import re
+import numpy as np
+from cllm import kernels
+def peak():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s*(\\d+) kB", status.read())[1]) * 1024
+kernels.set_num_threads(2)
+param, grad = np.ones((2, 64, 100_000), np.float32)
+state = {"row_var": np.ones((64, 1), np.float32), "col_var": np.ones((1, 100_000), np.float32)}
+before = peak()
+kernels.adafactor_update(param=param, grad=grad, **state, step=1, lr=0.1)
+assert peak() - before < param.nbytes, (peak() - before, param.nbytes)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_adafactor_of_zeros_and_huge_gradients():
@@ -717,3 +740,80 @@ def test_an_eps_that_float32_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"eps is 1e-50, it must be at least 1\.17[0-9]*e-38 in float32"):
         kernels.rmsprop_update(a, x, b, lr=0.1, eps=1e-50)
     assert not a.any()
+
+
+ALL_VARIANTS = {
+    **VARIANTS,
+    "adafactor": ("adafactor_update", {"lr": 0.01, "step": 3, "eps": (1e-3, 1e-3), "weight_decay": 0.1},
+                  ("variance",)),
+    "muon": ("muon_update", {"lr": 0.01, "ns_coefficients": (3.4445, -4.775, 2.0315)}, ("momentum_buffer",)),
+}  # fmt: skip
+
+
+def mapped(change, options):
+    """The options, each float in them changed."""
+    return {
+        name: tuple(map(change, value)) if isinstance(value, tuple)
+        else change(value) if isinstance(value, float) else value
+        for name, value in options.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, Fraction])
+@pytest.mark.parametrize("name", ALL_VARIANTS)
+def test_scalars_of_any_kind_are_used_as_floats(name, kind):
+    """In float16 1 - lr * weight_decay is 1, and NumPy's float64 would turn float32 products into float64."""
+    function, options, state = ALL_VARIANTS[name]
+    shape = (3, 4) if name == "muon" else (12,)
+    arrays = arrays_for(np.random.default_rng(0), shape, np.float32, state)
+    other = copies(arrays)
+    small = mapped(kind, options)
+    getattr(kernels, function)(**arrays, **small)
+    getattr(kernels, function)(**other, **mapped(float, mapped(kind, options)))
+    for key, array in arrays.items():
+        assert array.tobytes() == other[key].tobytes()
+
+
+@pytest.mark.parametrize("name", ALL_VARIANTS)
+def test_scalars_that_no_float_holds_are_refused_before_anything_is_written(name):
+    function, options, state = ALL_VARIANTS[name]
+    shape = (3, 4) if name == "muon" else (12,)
+    arrays = arrays_for(np.random.default_rng(0), shape, np.float32, state)
+    before = copies(arrays)
+    for option in ("lr", "weight_decay", *(["step"] if "step" in options else [])):
+        message = f"{function}: {option} is too large for a float"
+        assert_refuses(
+            ValueError, message, getattr(kernels, function), **arrays, **{**options, option: 10**400}
+        )
+    for key, array in arrays.items():
+        assert array.tobytes() == before[key].tobytes()
+
+
+def test_scaling_and_clipping_refuse_numbers_that_no_float_holds():
+    x = np.ones(3, np.float32)
+    assert_refuses(ValueError, "scale_: factor is too large for a float", kernels.scale_, x, 10**400)
+    assert_refuses(ValueError, "clip_: limit is too large for a float", kernels.clip_, x, 10**400)
+    assert (x == 1).all()
+
+
+def test_subclasses_are_updated_in_place():
+    arrays = arrays_for(np.random.default_rng(0), (3, 4), np.float32, ("momentum_buffer",))
+    other = copies(arrays)
+    kernels.muon_update(**{name: array.view(np.matrix) for name, array in arrays.items()}, lr=0.1)
+    kernels.muon_update(**other, lr=0.1)
+    for key, array in arrays.items():
+        assert array.tobytes() == other[key].tobytes()
+
+
+def test_neighbours_are_arrays():
+    x = np.zeros(8, np.float32)
+    for pair in ((None, x), (x, None)):
+        with pytest.raises(TypeError, match="must not be None"):
+            kernels.gap(*pair)
+    assert_refuses(TypeError, "span: first is int, it must be a NumPy array", kernels.span, 3, 4)
+    assert_refuses(TypeError, "span: last is NoneType, it must be a NumPy array", kernels.span, x, None)
+    matrix = np.zeros((2, 4)).view(np.matrix)
+    rows = np.asarray(matrix)
+    first, last = rows[0], rows[1]
+    if first.base is matrix:
+        assert kernels.span(first, last).shape == (8,)

@@ -150,8 +150,24 @@ def test_tables_are_dropped_and_large_ones_not_kept():
         kernels.rotary_forward(np.ones((1, 1, 1, 2)), offset=offset)
     assert rotary._angles.cache_info().currsize == 8
     misses = rotary._angles.cache_info().misses
-    kernels.rotary_forward(np.ones((2, 1, 1025, 64), np.float32), offset=[0, 1])
+    for shape, offset in (((2, 1, 16385, 64), [0, 1]), ((1, 1, 16385, 128), 0), ((1, 1, 16384, 130), 3)):
+        kernels.rotary_forward(np.ones(shape, np.float32), offset=offset)
+    kernels.rotary_forward(np.ones((1, 1, 8193, 128)))
     assert rotary._angles.cache_info().misses == misses
+    kernels.rotary_forward(np.ones((1, 1, 16384, 128), np.float32))
+    assert rotary._angles.cache_info().misses == misses + 1
+    rotary._angles.cache_clear()
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_an_integer_array_without_dimensions_is_an_offset(name):
+    door, x = getattr(kernels, name), values(2, 1, 3, 4)
+    assert same_bits(door(x, offset=np.array(5)), door(x, offset=5))
+    for offset in (np.array(5.0), np.array(True)):
+        message = f"{name}: offset is {offset[()]!r}, it must be an integer"
+        assert_refuses(TypeError, message, door, x, offset=offset)
+    message = f"{name}: offset is -1, it must be in [0, 2**31)"
+    assert_refuses(ValueError, message, door, x, offset=np.array(-1))
 
 
 def test_refuses_bad_arguments():

@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +256,9 @@ def test_prints_the_table(capsys, monkeypatch):
     monkeypatch.setitem(parity.BOUNDS, "float32", 1e-12)
     assert parity.main(["gelu"]) == 1
     assert capsys.readouterr().err.startswith("over its bound: gelu B=")
+
+
+def test_the_page_shows_every_operation():
+    page = Path(__file__).resolve().parents[1] / "docs" / "parity.md"
+    _, _, *rows = re.findall(r"^\| (.+?) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [operation.name for operation in parity.TABLE]

@@ -117,7 +117,8 @@ def fit(run_dir, callbacks=(), task=None, **overrides):
 def untimed(run_dir):
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "tokens_per_s")} for line in lines
+        {k: v for k, v in json.loads(line).items() if k != "seconds" and not k.endswith("_per_s")}
+        for line in lines
     ]
 
 
@@ -660,7 +661,7 @@ def test_a_loop_that_restores_nothing_starts_again(loop_file):
         ("run.log(1, 'a.b', loss=1.0)", "split is 'a.b', it must be a word without a dot"),
         ("run.log(1, 'train', loss='x')", "loss is a str, it must be one number"),
         ("run.log(1, 'train', loss=[1.0, 2.0])", "loss is a list, it must be one number"),
-        ("run.log(1, 'train', loss=1.0); run.restore()", "something was logged before, restore first"),
+        ("run.log(1, 'train', loss=1.0); run.restore()", "something was logged or saved before, restore first"),
         ("run.save(1, {'x': 'y'})", "'x' is a str, it must be an array of numbers"),
         ("run.save(1, {}, {1, 2})", "state must be of JSON values"),
         ("run.save(1.5, {})", "step is 1.5"),

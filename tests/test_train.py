@@ -61,7 +61,7 @@ def assert_same_weights(a, b):
 def untimed(run_dir):
     """The records as written, without timing fields."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    timing = re.compile(r"time.*|seconds|tokens_per_s|memory.*")
+    timing = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
     return [{k: v for k, v in json.loads(line).items() if not timing.fullmatch(k)} for line in lines]
 
 

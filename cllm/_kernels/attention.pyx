@@ -13,8 +13,8 @@ padded with zeros to whole vectors, and no further than the last key that a quer
 the diagonal; the few elements beyond it inside a tile are zeros, as are those that a mask excludes. Blocks in
 which a mask excludes everything are skipped.
 
-Zero times NaN is NaN, so a row with a NaN or an infinity counts as zeros among the packed operands of these
-products. What it gives is added afterwards, to those rows alone that see it.
+Zero times NaN is NaN, so a row with a NaN or an infinity (perhaps only after its scaling) counts as zeros among
+the packed operands of these products. What it gives is added afterwards, to those rows alone that see it.
 """
 cimport numpy as cnp
 from cython cimport floating
@@ -201,14 +201,17 @@ cdef bint any_allowed(const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t
 
 cdef void add_bias(floating* s, Py_ssize_t n, const Shape* shape, Py_ssize_t b, Py_ssize_t h, Py_ssize_t i,
                    Py_ssize_t j) noexcept nogil:
-    """s[c] += mask - slope * distance for query i and the n keys from j on; a boolean mask adds nothing."""
+    """s[c] += mask - slope * distance for query i and the n keys from j on; a boolean mask adds nothing.
+
+    A query beyond the last key counts from there: what all its distances share would only take digits.
+    """
     cdef Py_ssize_t step = shape.mask_strides.s
     cdef const floating* mask
     cdef floating slope, ahead, distance
     cdef int c
     if shape.slopes is not NULL:
         slope = <floating>shape.slopes[h]
-        ahead = <floating>(offset_of(shape, b) + i - j)
+        ahead = <floating>(min(offset_of(shape, b) + i, shape.Tk - 1) - j)
         for c in range(<int>n):
             distance = ahead - <floating>c
             s[c] -= slope * (distance if distance > 0 else -distance)
@@ -238,18 +241,27 @@ cdef Py_ssize_t exclude(floating* s, Py_ssize_t n, const Shape* shape, Py_ssize_
 
 cdef bint pack_finite(const floating* x, Py_ssize_t stride, Py_ssize_t T, Py_ssize_t D, Py_ssize_t width,
                       double scale, floating* y) noexcept nogil:
-    """y (T, width) = scale * x (T, D), with zeros beyond D and for rows that are not finite.
+    """y (T, width) = scale * x (T, D), with zeros beyond D and for rows of y that are not finite.
 
     Returns whether all are finite.
     """
     cdef Py_ssize_t i
     pack(x, stride, T, D, width, scale, y)
-    if all_finite(x, stride, T, D):
+    if all_finite(y, width, T, width):
         return True
     for i in range(T):
-        if not all_finite(x + i * stride, 0, 1, D):
+        if not all_finite(y + i * width, 0, 1, width):
             memset(y + i * width, 0, width * sizeof(floating))
     return False
+
+
+cdef bint scaled_finite(const floating* x, floating scale, Py_ssize_t n) noexcept nogil:
+    """Whether scale * x has no NaN and no infinity: whether `pack_finite` kept this row."""
+    cdef Py_ssize_t c
+    for c in range(n):
+        if not (scale * x[c]) * <floating>0 == 0:
+            return False
+    return True
 
 
 cdef void add_scaled(floating* y, floating factor, const floating* x, Py_ssize_t n) noexcept nogil:
@@ -487,9 +499,9 @@ cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, 
                         continue
                     if not (finite_dout or all_finite(dout + i * gt, 0, 1, E)):
                         add_scaled(DV + j * Ep, P[(i - i0) * ld + j - jb], dout + i * gt, E)
-                    if not (finite_q or all_finite(q + i * qt, 0, 1, D)):
+                    if not (finite_q or scaled_finite(q + i * qt, scale, D)):
                         add_scaled(DK + j * Dp, S[(i - i0) * ld + j - jb] * scale, q + i * qt, D)
-                    if not (finite_k or all_finite(k + j * kt, 0, 1, D)):
+                    if not (finite_k or scaled_finite(k + j * kt, scale, D)):
                         add_scaled(DQ + i * Dp, S[(i - i0) * ld + j - jb] * scale, k + j * kt, D)
     copy_rows(DQ, Dp, Tq, D, dq, dqt)
 
@@ -569,6 +581,9 @@ cdef Shape shape_of(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, bint causal, do
     Each of the three may be None.
     """
     cdef Shape shape
+    assert k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0 and v.shape[1] == k.shape[1]
+    assert k.shape[0] == q.shape[0] and v.shape[0] == q.shape[0]
+    assert k.shape[3] == q.shape[3] and v.shape[2] == k.shape[2]
     shape.H = q.shape[1]
     shape.group = q.shape[1] // k.shape[1]
     shape.Tq = q.shape[2]
@@ -596,6 +611,12 @@ cdef Shape shape_of(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, bint causal, do
     return shape
 
 
+cdef bint fits(cnp.ndarray x, cnp.ndarray like, Py_ssize_t width) noexcept:
+    """Whether x is (B, H, T, width), with the first three sizes of `like`."""
+    return (x.shape[0] == like.shape[0] and x.shape[1] == like.shape[1] and x.shape[2] == like.shape[2]
+            and x.shape[3] == width)
+
+
 cdef int threads_for(const Shape* shape, Py_ssize_t B, int n_threads) noexcept nogil:
     """At most one thread for each key/value head, and one alone for little work."""
     if <double>B * shape.H * shape.Tq * shape.Tk * shape.D < SERIAL_BELOW:
@@ -620,7 +641,7 @@ def attention_forward(cnp.ndarray q, cnp.ndarray k, cnp.ndarray v, cnp.ndarray o
     cdef Py_ssize_t B = q.shape[0]
     cdef bint single = cnp.PyArray_TYPE(q) == cnp.NPY_FLOAT
     cdef int status
-    assert k.shape[3] == q.shape[3] and v.shape[2] == k.shape[2] and out.shape[2] == q.shape[2]
+    assert fits(out, q, v.shape[3])
     n_threads = threads_for(&shape, B, n_threads)
     with nogil:
         if single:
@@ -653,7 +674,8 @@ def attention_backward(cnp.ndarray dout, cnp.ndarray q, cnp.ndarray k, cnp.ndarr
     cdef Py_ssize_t B = q.shape[0]
     cdef bint single = cnp.PyArray_TYPE(q) == cnp.NPY_FLOAT
     cdef int status
-    assert dq.shape[2] == q.shape[2] and dk.shape[2] == k.shape[2] and dv.shape[2] == k.shape[2]
+    assert fits(out, q, v.shape[3]) and fits(dout, q, v.shape[3])
+    assert fits(dq, q, q.shape[3]) and fits(dk, k, k.shape[3]) and fits(dv, v, v.shape[3])
     n_threads = threads_for(&shape, B, n_threads)
     with nogil:
         if single:

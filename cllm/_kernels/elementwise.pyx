@@ -56,8 +56,7 @@ cdef void gelu_tanh_forward(const floating* x, floating* out, Py_ssize_t n) noex
     cdef floating v
     for i in range(n):
         v = x[i]
-        v = <floating>-10 if v < <floating>-10 else v
-        out[i] = v * sigmoid_2u(bounded(v, -10, 10))
+        out[i] = <floating>0 if v < <floating>-10 else v * sigmoid_2u(bounded(v, -10, 10))
 
 
 cdef void gelu_tanh_backward(const floating* dy, const floating* x, floating* dx,

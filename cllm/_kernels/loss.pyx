@@ -95,8 +95,11 @@ cdef inline double row_dot(const floating* q, const floating* weight, Py_ssize_t
 
 
 cdef inline floating trimmed(floating p) noexcept nogil:
-    """Tails under 1e-30 become 0: times a small dloss they would be denormals, which slow the products."""
-    return <floating>0 if p < <floating>1e-30 else p
+    """float32: tails under 1e-30 become 0; times a small dloss they would be denormals, which slow products."""
+    if floating is double:
+        return p
+    else:
+        return <floating>0 if p < <floating>1e-30 else p
 
 
 # Cross-entropy of classes ----------------------------------------------------------------------------
@@ -232,6 +235,18 @@ def cross_entropy_backward(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray 
 # With share = weight ((1 - s) q + s / V), its sum S = (1 - s) r + s m, and r = sum(weight q):
 #     loss = sum(share (lse - z)) + r z_loss lse^2.
 
+cdef inline bint is_vacant(const floating* q, const floating* weight, double r, double spread,
+                           Py_ssize_t V) noexcept nogil:
+    """Whether no class has a share: such a row has loss 0 and no gradient, whatever its logits are."""
+    cdef Py_ssize_t k
+    if r != 0 or spread != 0:
+        return False
+    for k in range(V):
+        if weight[k] * q[k] != 0:
+            return False
+    return True
+
+
 cdef void row_soft_forward(const floating* z, const floating* q, const floating* weight, double smoothing,
                            double spread, double z_loss, Py_ssize_t V, floating* loss,
                            floating* lse) noexcept nogil:
@@ -244,7 +259,7 @@ cdef void row_soft_forward(const floating* z, const floating* q, const floating*
     if z_loss > 0:
         value += r * z_loss * whole * whole
     lse[0] = <floating>whole
-    loss[0] = <floating>value
+    loss[0] = <floating>0 if is_vacant(q, weight, r, spread, V) else <floating>value
 
 
 cdef void row_soft_backward(const floating* z, const floating* q, const floating* weight, double smoothing,
@@ -256,6 +271,9 @@ cdef void row_soft_backward(const floating* z, const floating* q, const floating
     cdef floating scale = <floating>(dloss * whole / total)
     cdef floating keep = <floating>(dloss * (1 - smoothing)), smooth = <floating>(dloss * smoothing / V)
     cdef Py_ssize_t j
+    if is_vacant(q, weight, r, spread, V):
+        memset(dz, 0, V * sizeof(floating))
+        return
     for j in range(V):
         dz[j] = trimmed(dz[j]) * scale - weight[j] * (keep * q[j] + smooth)
 

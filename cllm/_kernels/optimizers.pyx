@@ -623,7 +623,8 @@ cdef int adafactor_matrices(floating* param, const floating* grad, floating* row
                             double eps1, floating floor, double eps2, double d, double decay,
                             int n_threads) noexcept nogil:
     """A step of B matrices (R, C); row_var is (B, R), col_var is (B, C). -1 without memory, else 0."""
-    cdef Py_ssize_t rows = max((R + ROW_BLOCKS - 1) // ROW_BLOCKS, (BLOCK + C - 1) // C)
+    # At least 4 rows a block, so that its column sums, in double, stay under the size of its parameter.
+    cdef Py_ssize_t rows = max((R + ROW_BLOCKS - 1) // ROW_BLOCKS, (BLOCK + C - 1) // C, 4)
     cdef Py_ssize_t per_matrix = (R + rows - 1) // rows
     cdef Py_ssize_t n_blocks = B * per_matrix, block, b, i, j, k
     cdef double* row = <double*>malloc(B * R * sizeof(double))
@@ -842,7 +843,7 @@ def clip(cnp.ndarray x, double limit, int n_threads):
 # Neighbours ------------------------------------------------------------------------------------------
 
 
-def gap(cnp.ndarray a, cnp.ndarray b):
+def gap(cnp.ndarray a not None, cnp.ndarray b not None):
     """How many elements lie between the end of a and the start of b, or -1.
 
     -1 unless both are contiguous views of one contiguous array of their dtype, b begins less than 16
@@ -866,11 +867,11 @@ def gap(cnp.ndarray a, cnp.ndarray b):
     return distance // size
 
 
-def span(cnp.ndarray first, cnp.ndarray last):
+def span(cnp.ndarray first not None, cnp.ndarray last not None):
     """The flat view from first's first element to last's last one, for a chain of neighbours (`gap`)."""
     if first is last:
         return first
-    cdef cnp.ndarray base = cnp.get_array_base(first)
+    cdef cnp.ndarray base = (<object>cnp.get_array_base(first)).view(cnp.ndarray)  # np.matrix stays 2-D
     cdef char* origin = <char*>cnp.PyArray_DATA(base)
     cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(base)
     cdef Py_ssize_t start = (<char*>cnp.PyArray_DATA(first) - origin) // size

@@ -1,12 +1,14 @@
 """Scaled dot-product attention."""
 
 import math
+from copy import copy
 
 import numpy as np
 
 from cllm import kernels, rng
 from cllm._core.pool import empty
 from cllm.errors import InputError
+from cllm.kernels import checks
 from cllm.tensor import Tensor, as_tensor, record
 
 
@@ -34,7 +36,10 @@ def causal_self_attention(qkv, n_head, dropout_p=0.0, *, n_kv_head=None, slopes=
     """
     packed = qkv.data
     if rotary_base is not None:
+        for name, n in (("n_head", n_head), ("n_kv_head", 1 if n_kv_head is None else n_kv_head)):
+            checks.whole("causal_self_attention", name, n, 1, math.inf, "at least 1")
         packed = _rotated(packed, n_head, n_head if n_kv_head is None else n_kv_head, rotary_base)
+    slopes = copy(slopes)  # the caller may change them before the backward pass
     options = {"n_kv_head": n_kv_head, "dropout_p": dropout_p, "slopes": slopes}
     options["key"] = rng.next_key() if dropout_p > 0 else 0
     out, lse = kernels.packed_attention_forward(packed, n_head, **options)
@@ -199,6 +204,7 @@ def fused_attention(
     if isinstance(mask, Tensor):
         mask = mask.expand(*q.shape[:3], k.shape[2])
         inputs, mask = (*inputs, mask), mask.data
+    slopes, offsets = copy(slopes), copy(offsets)  # a cache moves its offsets on before the backward pass
     options = {"dropout_p": dropout_p, "mask": mask, "slopes": slopes, "offsets": offsets}
     options["key"] = rng.next_key() if dropout_p > 0 else 0
     out, lse = kernels.attention_forward(q, k, v, is_causal, scale, **options)
@@ -209,7 +215,12 @@ def fused_attention(
             return *gradients, _score_gradient(grad, q, k, v, out, lse, is_causal, scale, **options)
         return gradients
 
-    return record(out, inputs, backward)
+    result = record(out, inputs, backward)
+    if result.requires_grad and mask is not None and len(inputs) == 3:
+        # The backward pass reads the mask again, and callers refill theirs. Repeated elements are copied once.
+        mask = np.asarray(mask)
+        options["mask"] = mask[tuple(slice(None if step else 1) for step in mask.strides)].copy()
+    return result
 
 
 def _score_gradient(dout, q, k, v, out, lse, is_causal, scale, *, dropout_p, key, mask, slopes, offsets):
@@ -218,7 +229,8 @@ def _score_gradient(dout, q, k, v, out, lse, is_causal, scale, *, dropout_p, key
     k, v = (np.repeat(x, H // G, axis=1).swapaxes(-1, -2) for x in (k, v))
     scores = kernels.matmul(q * q.dtype.type(D**-0.5 if scale is None else scale), k) + mask
     first = np.zeros(1, np.int64) if offsets is None else np.asarray(offsets)
-    distance = np.add.outer(first, np.subtract.outer(np.arange(T), np.arange(S)))[:, None]
+    position = np.minimum(np.add.outer(first, np.arange(T)), S - 1)
+    distance = np.subtract.outer(position, np.arange(S))[:, None]
     if slopes is not None:
         scores -= (np.reshape(slopes, (-1, 1, 1)) * np.abs(distance)).astype(scores.dtype)
     seen = mask != -np.inf

@@ -1,5 +1,7 @@
 """Activations, softmax and dropout."""
 
+from numbers import Real
+
 import numpy as np
 
 from cllm import kernels, rng
@@ -83,7 +85,7 @@ def rotary(input, offset=0, base=10000.0):
     base : float
     """
     x = as_tensor(input)
-    if np.ndim(offset):
+    if isinstance(offset, np.ndarray) or np.ndim(offset):
         offset = np.array(offset)  # the caller may change it before the backward pass
     return record(
         kernels.rotary_forward(x.data, offset=offset, base=base),
@@ -102,14 +104,18 @@ def log_softmax(input, dim):
     return as_tensor(input).log_softmax(dim)
 
 
+def check_probability(function, p):
+    if not isinstance(p, Real) or not 0 <= p <= 1:
+        raise InputError(f"{function}: p is {p!r}, it must be a number between 0 and 1")
+
+
 def dropout(input, p=0.5, training=True):
     """Each element becomes 0 with probability p, the others are divided by 1 - p; no change unless training.
 
     The mask depends on `manual_seed`, or the Trainer's seed and step, and on the order of calls.
     """
     x = as_tensor(input)
-    if not 0 <= p <= 1:
-        raise InputError(f"dropout: p is {p}, it must be between 0 and 1")
+    check_probability("dropout", p)
     if not training or p == 0:
         return x
     if p == 1:

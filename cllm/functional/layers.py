@@ -11,9 +11,21 @@ from cllm.functional.gradients import data_of, targets_of, written
 from cllm.tensor import Tensor, _sum, as_tensor, record
 
 
+def _optional(x):
+    """x as a Tensor; None stays None."""
+    return None if x is None else as_tensor(x)
+
+
 def linear(input, weight, bias=None):
-    """input weight^T + bias.  input (..., I), weight (O, I), bias (O,) or None -> (..., O)."""
-    input = as_tensor(input)
+    """input weight^T + bias.  input (..., I), weight (O, I), bias (O,) or None -> (..., O).
+
+    A weight of shape (I,), with a bias of shape (), gives (...).
+    """
+    input, weight, bias = as_tensor(input), as_tensor(weight), _optional(bias)
+    if weight.ndim == 1 and (bias is None or not bias.ndim):
+        if not input.ndim or input.shape[-1] != weight.shape[0]:
+            raise InputError(f"linear: input is {input.shape}, weight is {weight.shape}")
+        return input @ weight if bias is None else input @ weight + bias
     x, w = input.data, weight.data
     inputs = (input, weight) if bias is None else (input, weight, bias)
 
@@ -31,7 +43,7 @@ def linear(input, weight, bias=None):
 
 def embedding(input, weight):
     """The rows of weight that an integer array names.  input (...), weight (V, C) -> (..., C)."""
-    tokens = np.asarray(input)
+    tokens, weight = np.asarray(input), as_tensor(weight)
     n_rows = weight.data.shape[0]
     out = kernels.embedding_forward(tokens, weight.data)
 
@@ -48,6 +60,7 @@ def token_position_embedding(tokens, token_weight, position_weight):
 
     tokens (..., T), token_weight (V, C), position_weight (P, C) with P >= T -> (..., T, C)
     """
+    token_weight, position_weight = as_tensor(token_weight), as_tensor(position_weight)
     tokens = np.asarray(tokens)
     n_rows, T = token_weight.data.shape[0], tokens.shape[-1]
     n_positions = position_weight.data.shape[0]
@@ -76,6 +89,8 @@ def token_position_embedding(tokens, token_weight, position_weight):
 def _last(function, x, normalized_shape):
     """normalized_shape as a tuple; it must be the last dimensions of x."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+    if not all(isinstance(n, (int, np.integer)) for n in shape):
+        raise InputError(f"{function}: normalized_shape is {normalized_shape!r}, it must be of integers")
     if not shape or x.shape[-len(shape) :] != shape:
         raise InputError(f"{function}: normalized_shape is {shape}, input is {x.shape}")
     return shape
@@ -91,7 +106,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     weight, bias : Tensors of normalized_shape, or None
     eps : float
     """
-    input = as_tensor(input)
+    input, weight, bias = as_tensor(input), _optional(weight), _optional(bias)
     shape = _last("layer_norm", input, normalized_shape)
     if len(shape) > 1:
         flat = [None if x is None else x.reshape(-1) for x in (weight, bias)]
@@ -126,7 +141,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
     eps : float or None
         None is the dtype's machine epsilon.
     """
-    input = as_tensor(input)
+    input, weight = as_tensor(input), _optional(weight)
     shape = _last("rms_norm", input, normalized_shape)
     if len(shape) > 1:
         flat = None if weight is None else weight.reshape(-1)
@@ -161,7 +176,7 @@ def feed_forward(input, w1, b1, w2, b2, activation="gelu_tanh"):
         raise InputError(f"feed_forward: activation is {activation!r}, it must be one of {allowed}")
     if (b1 is None) != (b2 is None) or w1 is w2 or (b1 is b2 and b1 is not None):
         return linear(ACTIVATIONS[activation](linear(input, w1, b1)), w2, b2)
-    input = as_tensor(input)
+    input, w1, b1, w2, b2 = as_tensor(input), as_tensor(w1), _optional(b1), as_tensor(w2), _optional(b2)
     x = input.data
     parameters = (w1, b1, w2, b2)
     out, pre = kernels.feed_forward_forward(x, w1.data, data_of(b1), w2.data, data_of(b2), activation)

@@ -69,13 +69,14 @@ def _reduced(losses, shape, reduction, count):
 def _classes(function, target, shape, mask, ignore_index):
     """Integer targets as int64, those that do not count made ignore_index."""
     try:
-        checks.whole(function, "ignore_index", ignore_index, -(2**63), 2**63, "in [-2**63, 2**63)")
+        allowed = "in [-2**63, 2**63)"
+        ignore_index = checks.whole(function, "ignore_index", ignore_index, -(2**63), 2**63, allowed)
         target = checks.integers(function, "target", target)
     except ValueError as error:
         raise InputError(str(error)) from None
     if target.shape != shape:
         raise InputError(f"{function}: target is {target.shape}, it must be {shape}")
-    return target if mask is None else np.where(mask, target, int(ignore_index))
+    return target if mask is None else np.where(mask, target, ignore_index)
 
 
 def _count(target, weight, ignore_index):
@@ -209,7 +210,7 @@ def _soft_cross_entropy(x, target, shape, reduction, mask, ignore_index, options
     allowed = "negative where targets are probabilities: mask leaves out rows of them"
     with _input_errors():
         checks.whole(function, "ignore_index", ignore_index, -(2**63), 0, allowed)
-        check_numbers(function, smoothing, z_loss)
+        smoothing, z_loss = check_numbers(function, smoothing, z_loss)
         check_class_weight(function, "weight", weight, n_classes)
     mask = _mask(function, mask, shape)
     mask = None if mask is None else mask.reshape(-1)
@@ -353,7 +354,8 @@ def _regression(function, input, target, reduction, forward, backward, *constant
     _check_reduction(function, reduction)
     x, y = _pair(function, input, target)
     a, b = np.broadcast_arrays(x.data, y.data)
-    losses = forward(a, b, *constant)
+    with _input_errors():
+        losses = forward(a, b, *constant)
     out, elements = _reduced(losses, losses.shape, reduction, losses.size)
     shape_x, shape_y, wanted = x.shape, y.shape, y.requires_grad
 
@@ -364,7 +366,7 @@ def _regression(function, input, target, reduction, forward, backward, *constant
     return record(out, (x, y), gradients)
 
 
-def mse_loss(input, target, reduction="mean"):
+def mse_loss(input, target, reduction="mean", weight=None):
     """(input - target)^2.
 
     Parameters
@@ -373,38 +375,47 @@ def mse_loss(input, target, reduction="mean"):
     target : Tensor or array of input's shape
         May require a gradient. Other shapes broadcast, with a warning.
     reduction : {"mean", "sum", "none"}
-        Of no elements the mean is NaN, as in torch.
+        Of no elements the mean is NaN, as in torch. With a weight it divides by the sum of the weights.
+    weight : array or Tensor of input's shape, optional
+        What each element's loss is multiplied with; as it has no gradient, it must not require one.
     """
-    return _regression("mse_loss", input, target, reduction, kernels.mse_forward, kernels.mse_backward)
+    forward, backward = kernels.mse_forward, kernels.mse_backward
+    return _regression("mse_loss", input, target, reduction, forward, backward, weight=weight)
 
 
-def l1_loss(input, target, reduction="mean"):
+def l1_loss(input, target, reduction="mean", weight=None):
     """|input - target|, the mean absolute error.  Arguments as `mse_loss`."""
-    return _regression("l1_loss", input, target, reduction, kernels.l1_forward, kernels.l1_backward)
+    forward, backward = kernels.l1_forward, kernels.l1_backward
+    return _regression("l1_loss", input, target, reduction, forward, backward, weight=weight)
 
 
 def smooth_l1_loss(input, target, reduction="mean", beta=1.0):
     """With d = |input - target|: d^2 / (2 beta) below beta, d - beta / 2 from there on (Girshick 2015).
 
-    beta is at least 0; at 0 this is `l1_loss`. Other arguments as `mse_loss`.
+    beta is at least 0; at 0 this is `l1_loss`. Other arguments as `mse_loss`, without its weight.
     """
-    checks.real("smooth_l1_loss", beta=beta)
+    with _input_errors():
+        (beta,) = checks.real("smooth_l1_loss", beta=beta)
     if not beta >= 0:
         raise InputError(f"smooth_l1_loss: beta is {beta}, it must be at least 0")
     forward, backward = kernels.smooth_l1_forward, kernels.smooth_l1_backward
     return _regression("smooth_l1_loss", input, target, reduction, forward, backward, beta)
 
 
-def huber_loss(input, target, reduction="mean", delta=1.0):
+def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     """With d = |input - target|: d^2 / 2 up to delta, delta (d - delta / 2) beyond (Huber 1964).
 
-    delta is above 0. Other arguments as `mse_loss`.
+    delta is above 0. Other arguments as `mse_loss`, but a mean divides by the number of elements also with
+    a weight, as in torch.
     """
-    checks.real("huber_loss", delta=delta)
+    with _input_errors():
+        (delta,) = checks.real("huber_loss", delta=delta)
     if not delta > 0:
         raise InputError(f"huber_loss: delta is {delta}, it must be above 0")
     forward, backward = kernels.huber_forward, kernels.huber_backward
-    return _regression("huber_loss", input, target, reduction, forward, backward, delta)
+    return _regression(
+        "huber_loss", input, target, reduction, forward, backward, delta, weight=weight, by_weight=False
+    )
 
 
 def binary_cross_entropy_with_logits(input, target, weight=None, reduction="mean", pos_weight=None):

@@ -2,7 +2,8 @@
 
 Inputs are float32 or float64 arrays, not mixed; they may be strided or read-only (copied when needed).
 ``out=`` takes an array, or a tuple where there are several outputs: each must have the result's shape
-and dtype, be C-contiguous and writable, and must not overlap an input unless a docstring allows it.
+and dtype, be C-contiguous and writable, and must not overlap an input unless a docstring allows it. Of a
+subclass such as np.memmap the memory is written, and a plain array that shows it is returned.
 Nothing is written before all arguments have passed their checks. Results are the same bits at any
 thread count. Letters: B batch size, T sequence length, C channels, H heads, D head size, V vocabulary.
 """

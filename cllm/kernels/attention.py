@@ -19,12 +19,13 @@ def _heads(function, name, x):
     return x
 
 
-def _scale(function, scale, head_size):
+def _scale(function, scale, head_size, dtype):
     """The factor of the scores, 1/sqrt(head size) when None."""
     if scale is None:
         return max(head_size, 1) ** -0.5
-    checks.real(function, scale=scale)
-    return float(scale)
+    (scale,) = checks.real(function, scale=scale)
+    checks.finite(function, "scale", scale, dtype)
+    return scale
 
 
 def _check_attention_dropout(function, dropout_p, key):
@@ -59,7 +60,7 @@ def _attention_inputs(function, scale, dropout_p, key, mask, slopes, offsets, **
     _check_attention_dropout(function, dropout_p, key)
     return (
         heads,
-        _scale(function, scale, q[3]),
+        _scale(function, scale, q[3], dtype),
         _mask(function, mask, (*q[:3], k[2]), dtype),
         _slopes(function, slopes, q[1]),
         _offsets(function, offsets, q[0]),
@@ -122,8 +123,8 @@ def alibi_slopes(n_head):
         2^(-8 h / n_head) for h = 1 to n_head when that is a power of two. Otherwise, as in the authors' code,
         the slopes of the next smaller power of two, then every other one of twice that power.
     """
-    checks.whole("alibi_slopes", "n_head", n_head, 1, math.inf, "at least 1")
-    n = 2 ** (int(n_head).bit_length() - 1)
+    n_head = checks.whole("alibi_slopes", "n_head", n_head, 1, math.inf, "at least 1")
+    n = 2 ** (n_head.bit_length() - 1)
     slopes = 2.0 ** (-8 / n * np.arange(1, n + 1))
     between = 2.0 ** (-4 / n * np.arange(1, 2 * n + 1, 2))
     return np.concatenate([slopes, between[: n_head - n]])
@@ -156,7 +157,8 @@ def attention_forward(
         Boolean: True lets a query see a key. Of q's dtype: added to the scores; -inf excludes like False.
         Read in place, with any strides. With is_causal, a query sees the keys that both let it see.
     slopes : (H,) array, optional
-        ALiBi (Press et al. 2022): slope times the distance of the two positions is subtracted from a score.
+        ALiBi (Press et al. 2022): slope times the distance of the two positions is subtracted from a score. A
+        query beyond the last key counts from there: softmax does not see what all its distances share.
     offsets : (B,) integer array, optional
         Query i of sequence b stands at position offsets[b] + i, key j at j: for the queries that follow on a
         key/value cache. Zeros when None.
@@ -267,11 +269,11 @@ def _merged_heads(x, n_head):
 
 
 def _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key):
-    """The number of key/value heads and the head size."""
-    checks.whole(function, "n_head", n_head, 1, math.inf, "at least 1")
+    """The numbers of heads and of key/value heads, and the head size."""
+    n_head = checks.whole(function, "n_head", n_head, 1, math.inf, "at least 1")
     if n_kv_head is None:
         n_kv_head = n_head
-    checks.whole(function, "n_kv_head", n_kv_head, 1, math.inf, "at least 1")
+    n_kv_head = checks.whole(function, "n_kv_head", n_kv_head, 1, math.inf, "at least 1")
     if n_head % n_kv_head:
         raise ValueError(f"{function}: n_kv_head is {n_kv_head}, it must divide n_head, {n_head}")
     n = n_head + 2 * n_kv_head
@@ -279,7 +281,7 @@ def _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key):
         heads = f"{n_head} heads" + (f" and {n_kv_head} key/value heads" if n_kv_head != n_head else "")
         raise ValueError(f"{function}: qkv is {qkv.shape}, it must be (B, T, {n} D) for {heads}")
     _check_attention_dropout(function, dropout_p, key)
-    return n_kv_head, qkv.shape[2] // n
+    return n_head, n_kv_head, qkv.shape[2] // n
 
 
 def packed_attention_forward(
@@ -305,9 +307,9 @@ def packed_attention_forward(
     """
     function = "packed_attention_forward"
     (qkv,) = checks.floats(function, qkv=qkv)
-    n_kv_head, D = _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key)
+    n_head, n_kv_head, D = _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key)
     slopes = _slopes(function, slopes, n_head)
-    scale = _scale(function, scale, D)
+    scale = _scale(function, scale, D, qkv.dtype)
     B, T, _ = qkv.shape
     out, lse = empty((B, T, n_head * D), qkv.dtype), empty((B, n_head, T), qkv.dtype)
     if lse.size:
@@ -339,7 +341,7 @@ def packed_attention_backward(
     """
     function = "packed_attention_backward"
     dout, qkv, out, lse = checks.floats(function, dout=dout, qkv=qkv, out=out, lse=lse)
-    n_kv_head, D = _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key)
+    n_head, n_kv_head, D = _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key)
     B, T, _ = qkv.shape
     for name, array, shape in (
         ("dout", dout, (B, T, n_head * D)),
@@ -349,7 +351,7 @@ def packed_attention_backward(
         if array.shape != shape:
             raise ValueError(f"{function}: {name} is {array.shape}, it must be {shape}")
     slopes = _slopes(function, slopes, n_head)
-    scale = _scale(function, scale, D)
+    scale = _scale(function, scale, D, qkv.dtype)
     dqkv = empty(qkv.shape, qkv.dtype)
     if out.size:
         q, k, v = _split_heads(qkv, n_head, n_kv_head)

@@ -2,13 +2,14 @@
 
 import math
 import numbers
+import operator
 
 import numpy as np
 
 from cllm._core.pool import empty
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-
+LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in FLOATS}
 
 OPTIONAL = ("bias", "b1", "b2", "momentum_buffer", "v_max", "grad_avg")  # arguments that may be None
 
@@ -19,7 +20,7 @@ def kind_of(array):
 
 
 def as_array(function, name, array):
-    """The argument as an array."""
+    """The argument as an array, of a subclass such as np.matrix (2-D in any shape) the plain one."""
     if type(array) is np.ndarray:
         return array
     try:
@@ -71,28 +72,45 @@ def integers(function, name, array):
 
 
 def real(function, **values):
-    """Raise unless each value is a real number."""
+    """The values, which must be real numbers, as a list of floats: NumPy's smaller ones would round."""
+    result = []
     for name, value in values.items():
-        if value.__class__ is not float and not isinstance(value, numbers.Real):  # 0.05 instead of 0.4 us
-            raise TypeError(f"{function}: {name} is {value!r}, it must be a number")
+        if value.__class__ is not float:  # 0.05 instead of 0.4 us
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{function}: {name} is {value!r}, it must be a number")
+            try:
+                value = float(value)
+            except OverflowError:
+                raise ValueError(f"{function}: {name} is too large for a float") from None
+        result.append(value)
+    return result
+
+
+def finite(function, name, value, dtype):
+    """Raise unless the float is finite, also in the arrays' dtype."""
+    if not abs(value) <= LARGEST[dtype]:
+        raise ValueError(f"{function}: {name} is {value}, it must be finite in {dtype}")
 
 
 def whole(function, name, value, low, high, allowed):
-    """Raise unless the value is an integer in [low, high), which `allowed` says in words."""
+    """The value, an integer in [low, high), which `allowed` says in words, as an int: NumPy's wrap around."""
     if not isinstance(value, (int, np.integer)):
         raise TypeError(f"{function}: {name} is {value!r}, it must be an integer")
     if not low <= value < high:
         raise ValueError(f"{function}: {name} is {value}, it must be {allowed}")
+    return operator.index(value)
 
 
 def key(function, key):
-    whole(function, "key", key, 0, 2**64, "in [0, 2**64)")
+    return whole(function, "key", key, 0, 2**64, "in [0, 2**64)")
 
 
 def check_out(function, out, shape, dtype, inputs, name="out"):
-    """Raise unless `out` can take a result of this shape and dtype."""
+    """`out`, which must be able to take a result of this shape and dtype; of a subclass, the plain view."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"{function}: {name} is {type(out).__name__}, it must be a NumPy array")
+    if type(out) is not np.ndarray:  # an np.matrix would stay 2-D when it is reshaped
+        out = out.view(np.ndarray)
     if out.shape != tuple(shape):
         raise ValueError(f"{function}: {name} is {out.shape}, it must be {tuple(shape)}")
     if out.dtype != dtype:
@@ -110,14 +128,12 @@ def check_out(function, out, shape, dtype, inputs, name="out"):
             raise ValueError(
                 f"{function}: {name} overlaps an input or another output, it must have its own memory"
             )
+    return out
 
 
 def result(function, out, shape, dtype, inputs, name="out"):
     """`out` after its checks, or a new array from the pool when it is None."""
-    if out is None:
-        return empty(shape, dtype)
-    check_out(function, out, shape, dtype, inputs, name)
-    return out
+    return empty(shape, dtype) if out is None else check_out(function, out, shape, dtype, inputs, name)
 
 
 def results(function, out, names, shapes, dtype, inputs, added=()):
@@ -132,10 +148,12 @@ def results(function, out, names, shapes, dtype, inputs, added=()):
     if any(array is None and name in added for name, array in zip(names, out)):
         arrays = "arrays" if len(added) > 1 else "an array"
         raise ValueError(f"{function}: accumulate=True needs {arrays} for {' and '.join(added)} in out")
+    out = list(out)
     for i, array in enumerate(out):
         if array is not None:
             others = [other for other in out[:i] if other is not None]
-            check_out(function, array, shapes[i], dtype, [*inputs, *others], f"out[{i}] ({names[i]})")
+            place = f"out[{i}] ({names[i]})"
+            out[i] = check_out(function, array, shapes[i], dtype, [*inputs, *others], place)
     return [empty(shape, dtype) if array is None else array for array, shape in zip(out, shapes)]
 
 

@@ -44,13 +44,13 @@ def _gelu_form(function, approximate):
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
-def gelu_forward(x, approximate="tanh", out=None):
+def gelu_forward(x, approximate="none", out=None):
     """x Phi(x), with Phi the normal distribution function (Hendrycks & Gimpel 2016).
 
     Parameters
     ----------
     x : array of any shape
-    approximate : {"tanh", "none"}
+    approximate : {"none", "tanh"}
         "none" computes Phi by erf; "tanh" is their approximation
         0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), which GPT-2 uses.
     out : array of x's shape, optional
@@ -70,13 +70,13 @@ def gelu_forward(x, approximate="tanh", out=None):
     return _forward("gelu_forward", _gelu_form("gelu_forward", approximate), x, out)
 
 
-def gelu_backward(dy, x, approximate="tanh", out=None):
+def gelu_backward(dy, x, approximate="none", out=None):
     """dx = dy times the derivative of `gelu_forward` at x.
 
     Parameters
     ----------
     dy, x : arrays of one shape
-    approximate : {"tanh", "none"}
+    approximate : {"none", "tanh"}
         As in the forward pass.
     out : array of x's shape, optional
 
@@ -295,10 +295,10 @@ def activate_backward(dhidden, pre, hidden, activation):
 
 def _dropout(function, name, x, p, key, out):
     inputs = (x,) = checks.floats(function, **{name: x})
-    checks.real(function, p=p)
+    (p,) = checks.real(function, p=p)
     if not 0 <= p <= 1:
         raise ValueError(f"{function}: p is {p}, it must be in [0, 1]")
-    checks.key(function, key)
+    key = checks.key(function, key)
     out = checks.result(function, out, x.shape, x.dtype, inputs)
     limit = max(math.ceil((1 - p) * 2**32) - 1, 0)  # the largest hash that keeps an element
     _elementwise.dropout(x, out, key, limit, 1 / (1 - p) if p < 1 else 0.0, threads.count)

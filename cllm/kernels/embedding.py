@@ -1,7 +1,5 @@
 """Embedding tables."""
 
-import math
-
 import numpy as np
 
 from cllm._core.pool import empty
@@ -50,7 +48,7 @@ def embedding_backward(dy, tokens, n_rows, out=None, *, accumulate=False):
     tokens : integer array of any shape
         In [0, n_rows).
     n_rows : int
-        V.
+        V, under 2**48.
     out : (n_rows, C) array, optional
     accumulate : bool
         Add to `out` instead of assigning.
@@ -74,7 +72,7 @@ def embedding_backward(dy, tokens, n_rows, out=None, *, accumulate=False):
         )
     if accumulate and out is None:
         raise ValueError(f"{function}: accumulate=True needs an array in out")
-    checks.whole(function, "n_rows", n_rows, 0, math.inf, "at least 0")
+    n_rows = checks.whole(function, "n_rows", n_rows, 0, 2**48, "in [0, 2**48)")
     checks.indices(function, "tokens", tokens, n_rows)
     out = checks.result(function, out, (n_rows, dy.shape[-1]), dy.dtype, (dy, tokens))
     lists = empty((n_rows + tokens.size,), np.int64)

@@ -21,17 +21,22 @@ def _floats(function, name, weight, /, **arrays):
 
 
 def check_numbers(function, label_smoothing, z_loss):
-    checks.real(function, label_smoothing=label_smoothing, z_loss=z_loss)
+    """The two as floats; raises when one is out of range."""
+    label_smoothing, z_loss = checks.real(function, label_smoothing=label_smoothing, z_loss=z_loss)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{function}: label_smoothing is {label_smoothing}, it must be in [0, 1]")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{function}: z_loss is {z_loss}, it must be at least 0 and finite")
+    return label_smoothing, z_loss
 
 
 def check_targets(function, name, targets, n_classes, ignore_index, label_smoothing, z_loss):
-    check_numbers(function, label_smoothing, z_loss)
-    checks.whole(function, "ignore_index", ignore_index, -(2**63), 2**63, "in [-2**63, 2**63)")
+    """ignore_index as an int, the other two numbers as floats; raises when they or a target are out of range."""
+    label_smoothing, z_loss = check_numbers(function, label_smoothing, z_loss)
+    allowed = "in [-2**63, 2**63)"
+    ignore_index = checks.whole(function, "ignore_index", ignore_index, -(2**63), 2**63, allowed)
     checks.indices(function, name, targets, n_classes, ignore_index)
+    return ignore_index, label_smoothing, z_loss
 
 
 def check_class_weight(function, name, weight, n_classes):
@@ -113,7 +118,9 @@ def cross_entropy_forward(
     logits, weight = _floats(function, "weight", weight, logits=logits)
     targets = checks.integers(function, "targets", targets)
     _check_logits(function, logits, targets=targets)
-    check_targets(function, "targets", targets, logits.shape[1], ignore_index, label_smoothing, z_loss)
+    ignore_index, label_smoothing, z_loss = check_targets(
+        function, "targets", targets, logits.shape[1], ignore_index, label_smoothing, z_loss
+    )
     mean_weight = check_class_weight(function, "weight", weight, logits.shape[1])
     shapes, inputs = (targets.shape, targets.shape), (logits, targets, weight)
     losses, lse = checks.results(function, out, ("losses", "lse"), shapes, logits.dtype, inputs)
@@ -159,7 +166,9 @@ def cross_entropy_backward(
     dlosses, logits, lse, weight = arrays
     targets = checks.integers(function, "targets", targets)
     _check_logits(function, logits, targets=targets)
-    check_targets(function, "targets", targets, logits.shape[1], ignore_index, label_smoothing, z_loss)
+    ignore_index, label_smoothing, z_loss = check_targets(
+        function, "targets", targets, logits.shape[1], ignore_index, label_smoothing, z_loss
+    )
     _check_rows(function, len(targets), dlosses=dlosses, lse=lse)
     mean_weight = check_class_weight(function, "weight", weight, logits.shape[1])
     inputs = (dlosses, targets, lse, weight) if in_place else (*arrays, targets)
@@ -172,10 +181,10 @@ def cross_entropy_backward(
 
 
 def _soft_options(function, logits, probabilities, weight, label_smoothing, z_loss, mask):
-    """weight, its mean and mask as the kernels take them, after all checks."""
+    """weight, its mean, mask and the two numbers as the kernels take them, after all checks."""
     n, n_classes = logits.shape if logits.ndim == 2 else (0, 0)
     _check_logits(function, logits, probabilities=probabilities)
-    check_numbers(function, label_smoothing, z_loss)
+    label_smoothing, z_loss = check_numbers(function, label_smoothing, z_loss)
     mean_weight = check_class_weight(function, "weight", weight, n_classes)
     if mask is not None:
         mask = checks.as_array(function, "mask", mask)
@@ -183,7 +192,8 @@ def _soft_options(function, logits, probabilities, weight, label_smoothing, z_lo
             raise TypeError(f"{function}: mask is {mask.dtype}, it must be boolean")
         _check_rows(function, n, mask=mask)
         mask = np.ascontiguousarray(mask)
-    return np.ones(n_classes, logits.dtype) if weight is None else weight, mean_weight, mask
+    weight = np.ones(n_classes, logits.dtype) if weight is None else weight
+    return weight, mean_weight, mask, label_smoothing, z_loss
 
 
 def soft_cross_entropy_forward(
@@ -210,7 +220,8 @@ def soft_cross_entropy_forward(
     Returns
     -------
     losses, lse : (N,) arrays
-        As `cross_entropy_forward`. A class of share 0 adds nothing, also where its logit is minus infinity.
+        As `cross_entropy_forward`. A class of share 0 adds nothing, also where its logit is minus infinity;
+        a row where no class has a share has loss 0 and no gradient, whatever its logits are.
 
     Raises
     ------
@@ -222,7 +233,7 @@ def soft_cross_entropy_forward(
     function = "soft_cross_entropy_forward"
     arrays = _floats(function, "weight", weight, logits=logits, probabilities=probabilities)
     logits, probabilities, weight = arrays
-    weight, mean_weight, mask = _soft_options(
+    weight, mean_weight, mask, label_smoothing, z_loss = _soft_options(
         function, logits, probabilities, weight, label_smoothing, z_loss, mask
     )
     shapes, inputs = (logits.shape[:1], logits.shape[:1]), (logits, probabilities, weight, mask)
@@ -264,7 +275,7 @@ def soft_cross_entropy_backward(
     dlosses, logits, probabilities, lse, weight = _floats(
         function, "weight", weight, dlosses=dlosses, logits=logits, probabilities=probabilities, lse=lse
     )
-    weight, mean_weight, mask = _soft_options(
+    weight, mean_weight, mask, label_smoothing, z_loss = _soft_options(
         function, logits, probabilities, weight, label_smoothing, z_loss, mask
     )
     _check_rows(function, len(logits), dlosses=dlosses, lse=lse)
@@ -401,17 +412,22 @@ _ABSOLUTE = (0.0, 0.0, 1.0)
 
 
 def _smooth_l1(function, beta, dtype):
-    checks.real(function, beta=beta)
+    (beta,) = checks.real(function, beta=beta)
     if not beta >= 0:
         raise ValueError(f"{function}: beta is {beta}, it must be at least 0")
+    checks.finite(function, "beta", beta, dtype)
     # beta may be so small that its inverse is infinite, which times a difference of 0 would be NaN
-    return (min(0.5 / beta, 0.5 * float(np.finfo(dtype).max)), beta, 1.0) if beta else _ABSOLUTE
+    return (min(0.5 / beta, 0.5 * checks.LARGEST[dtype]), beta, 1.0) if beta else _ABSOLUTE
 
 
-def _huber(function, delta):
-    checks.real(function, delta=delta)
+def _huber(function, delta, dtype):
+    (delta,) = checks.real(function, delta=delta)
     if not delta > 0:
         raise ValueError(f"{function}: delta is {delta}, it must be above 0")
+    checks.finite(function, "delta", delta, dtype)
+    tiny = np.finfo(dtype).tiny
+    if delta < tiny:
+        raise ValueError(f"{function}: delta is {delta}, it must be at least {tiny} in {dtype}")
     return 0.5, delta, delta
 
 
@@ -503,13 +519,13 @@ def huber_forward(input, target, delta=1.0, out=None):
     delta is above 0. Other arguments and errors as `mse_forward`.
     """
     arrays = _elements("huber_forward", input=input, target=target)
-    return _regression_forward("huber_forward", _huber("huber_forward", delta), arrays, out)
+    return _regression_forward("huber_forward", _huber("huber_forward", delta, arrays[0].dtype), arrays, out)
 
 
 def huber_backward(dlosses, input, target, delta=1.0, out=None):
     """dinput = dloss (input - target), held within dloss [-delta, delta]; the target's is its negative."""
     arrays = _elements("huber_backward", dlosses=dlosses, input=input, target=target)
-    return _regression_backward("huber_backward", _huber("huber_backward", delta), arrays, out)
+    return _regression_backward("huber_backward", _huber("huber_backward", delta, arrays[0].dtype), arrays, out)
 
 
 # Binary cross-entropy --------------------------------------------------------------------------------

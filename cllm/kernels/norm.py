@@ -17,9 +17,10 @@ def _check_norm(function, x, weight, bias):
 
 
 def _check_eps(function, eps):
-    checks.real(function, eps=eps)
+    (eps,) = checks.real(function, eps=eps)
     if not eps >= 0:
         raise ValueError(f"{function}: eps is {eps}, it must be at least 0")
+    return eps
 
 
 def layer_norm_forward(x, weight, bias, eps=1e-5, out=None):
@@ -52,7 +53,7 @@ def layer_norm_forward(x, weight, bias, eps=1e-5, out=None):
     function = "layer_norm_forward"
     inputs = x, weight, bias = checks.floats(function, x=x, weight=weight, bias=bias)
     _check_norm(function, x, weight, bias)
-    _check_eps(function, eps)
+    eps = _check_eps(function, eps)
     shapes = x.shape, x.shape[:-1], x.shape[:-1]
     y, mean, rstd = checks.results(function, out, ("y", "mean", "rstd"), shapes, x.dtype, inputs)
     _norm.norm_forward(x, weight, bias, eps, y, mean, rstd, threads.count)
@@ -153,8 +154,7 @@ def rms_norm_forward(x, weight=None, eps=None, out=None):
     """
     function = "rms_norm_forward"
     inputs = x, weight = _rms_norm_inputs(function, weight, x=x)
-    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-    _check_eps(function, eps)
+    eps = float(np.finfo(x.dtype).eps) if eps is None else _check_eps(function, eps)
     y, rstd = checks.results(function, out, ("y", "rstd"), (x.shape, x.shape[:-1]), x.dtype, inputs)
     _norm.norm_forward(x, weight, None, eps, y, None, rstd, threads.count)
     return y, rstd

@@ -23,16 +23,17 @@ def _updated(function, param, grad, **state):
     return grad
 
 
-def _check_scalars(function, fractions=(), **values):
-    """Raise unless each value is finite and not negative, each of `fractions` below 1, and eps above 0."""
-    checks.real(function, **values)
-    for name, value in values.items():
+def _scalars(function, fractions=(), **values):
+    """The values as floats: all finite and not negative, each of `fractions` below 1, and eps above 0."""
+    floats = checks.real(function, **values)
+    for name, value in zip(values, floats):
         if not 0 <= value < np.inf:  # also catches NaN
             raise ValueError(f"{function}: {name} is {value}, it must be a finite number of at least 0")
         if name in fractions and value >= 1:
             raise ValueError(f"{function}: {name} is {value}, it must be below 1")
         if name == "eps" and value == 0:  # 0 / 0 where a gradient has always been zero
             raise ValueError(f"{function}: eps is {value}, it must be above 0")
+    return floats
 
 
 def _pair(function, name, pair):
@@ -42,9 +43,11 @@ def _pair(function, name, pair):
     return pair
 
 
-def _check_step(function, step):
-    checks.real(function, step=step)
-    checks.require(step >= 1, function, f"step is {step}, it must be at least 1")
+def _step(function, step):
+    """The step as a float of at least 1."""
+    (step,) = checks.real(function, step=step)
+    checks.require(step >= 1, function, f"step is {step:g}, it must be at least 1")
+    return step
 
 
 def _check_eps(function, eps, dtype):
@@ -89,9 +92,9 @@ def sgd_update(
     Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep
     learning", ICML 2013, in the form that PyTorch uses.
     """
-    _check_scalars("sgd_update", lr=lr, momentum=momentum, weight_decay=weight_decay)
-    checks.real("sgd_update", dampening=dampening)
-    checks.require(np.isfinite(dampening), "sgd_update", f"dampening is {dampening}, it must be finite")
+    lr, momentum, weight_decay = _scalars("sgd_update", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    (dampening,) = checks.real("sgd_update", dampening=dampening)
+    checks.require(math.isfinite(dampening), "sgd_update", f"dampening is {dampening}, it must be finite")
     if (momentum_buffer is None) != (momentum == 0):
         raise ValueError(
             f"sgd_update: momentum is {momentum}, momentum_buffer must be "
@@ -163,8 +166,8 @@ def adamw_update(
 
 def _adam(function, param, grad, m, v, step, lr, betas, eps, weight_decay, v_max, maximize, decoupled):
     beta1, beta2 = _pair(function, "betas", betas)
-    _check_step(function, step)
-    _check_scalars(
+    step = _step(function, step)
+    lr, beta1, beta2, eps, weight_decay = _scalars(
         function, ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
     )
     grad = _updated(function, param, grad, m=m, v=v, v_max=v_max)
@@ -215,7 +218,7 @@ def rmsprop_update(
     Neural Networks", 2013 (the centred form).
     """
     function = "rmsprop_update"
-    _check_scalars(
+    lr, alpha, eps, weight_decay, momentum = _scalars(
         function, ("alpha",), lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum
     )
     if (momentum_buffer is None) != (momentum == 0):
@@ -264,8 +267,10 @@ def adagrad_update(
     Optimization", JMLR 2011.
     """
     function = "adagrad_update"
-    _check_step(function, step)
-    _check_scalars(function, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps)
+    step = _step(function, step)
+    lr, lr_decay, weight_decay, eps = _scalars(
+        function, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps
+    )
     grad = _updated(function, param, grad, accumulator=accumulator)
     _check_eps(function, eps, grad.dtype)
     _optimizers.adagrad(
@@ -303,7 +308,7 @@ def lion_update(param, grad, m, *, lr, betas=(0.9, 0.99), weight_decay=0.0, maxi
     Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023.
     """
     beta1, beta2 = _pair("lion_update", "betas", betas)
-    _check_scalars(
+    lr, beta1, beta2, weight_decay = _scalars(
         "lion_update", ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay
     )
     grad = _updated("lion_update", param, grad, m=m)
@@ -364,9 +369,12 @@ def adafactor_update(
     """
     function = "adafactor_update"
     eps1, eps2 = _pair(function, "eps", eps)
-    _check_step(function, step)
-    _check_scalars(function, lr=lr, weight_decay=weight_decay, eps1=eps1 or 0.0, eps2=eps2, d=d)
-    checks.real(function, beta2_decay=beta2_decay)
+    step = _step(function, step)
+    has_eps1 = eps1 is not None
+    lr, weight_decay, eps1, eps2, d = _scalars(
+        function, lr=lr, weight_decay=weight_decay, eps1=eps1 if has_eps1 else 0.0, eps2=eps2, d=d
+    )
+    (beta2_decay,) = checks.real(function, beta2_decay=beta2_decay)
     if not -math.inf < beta2_decay <= 0:
         raise ValueError(f"{function}: beta2_decay is {beta2_decay}, it must be a finite number of at most 0")
     checks.require(d >= 1, function, f"d is {d}, it must be at least 1")
@@ -386,10 +394,10 @@ def adafactor_update(
         seen.append(array)
     limits = np.finfo(grad.dtype)
     tiny = float(limits.tiny)  # at least this, or 0 / 0 where all gradients were zero
-    eps1 = float(limits.eps) if eps1 is None else max(eps1, tiny)
+    eps1 = max(eps1, tiny) if has_eps1 else float(limits.eps)
     _optimizers.adafactor(
-        param, grad, row_var, col_var, variance, -1.0 if maximize else 1.0, float(step) ** beta2_decay,
-        min(lr, step**-0.5), eps1, max(eps1**2, tiny), eps2, d, 1 - lr * weight_decay,
+        param, grad, row_var, col_var, variance, -1.0 if maximize else 1.0, step**beta2_decay,
+        min(lr, step**-0.5), eps1, max(eps1 * eps1, tiny), eps2, d, 1 - lr * weight_decay,
         threads.count,
     )  # fmt: skip
 
@@ -440,12 +448,14 @@ def muon_update(
     Scalable for LLM Training", 2025 ("match_rms_adamw").
     """
     function = "muon_update"
-    _check_scalars(function, ("momentum",), lr=lr, weight_decay=weight_decay, momentum=momentum, eps=eps)
-    checks.whole(function, "ns_steps", ns_steps, 0, 100, "in [0, 100)")
+    lr, weight_decay, momentum, eps = _scalars(
+        function, ("momentum",), lr=lr, weight_decay=weight_decay, momentum=momentum, eps=eps
+    )
+    ns_steps = checks.whole(function, "ns_steps", ns_steps, 0, 100, "in [0, 100)")
     if not isinstance(ns_coefficients, (tuple, list)) or len(ns_coefficients) != 3:
         raise TypeError(f"{function}: ns_coefficients is {ns_coefficients!r}, it must be three numbers")
+    ns_coefficients = [checks.real(function, ns_coefficients=value)[0] for value in ns_coefficients]
     for value in ns_coefficients:
-        checks.real(function, ns_coefficients=value)
         checks.require(math.isfinite(value), function, f"ns_coefficients has {value}, it must be finite")
     if adjust_lr_fn not in ADJUST_LR:
         raise ValueError(
@@ -508,6 +518,9 @@ def gap(a, b):
 
 def span(first, last):
     """The flat view from the start of `first` to the end of `last`, which a chain of neighbours joins."""
+    for name, array in (("first", first), ("last", last)):
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"span: {name} is {type(array).__name__}, it must be a NumPy array")
     if first is not last and (first.base is not last.base or not isinstance(first.base, np.ndarray)):
         raise ValueError("span: first and last must be views of one array")
     return _optimizers.span(first, last)
@@ -543,7 +556,7 @@ def scale_(x, factor):
     TypeError, ValueError
         When `x` cannot be changed in place.
     """
-    checks.real("scale_", factor=factor)
+    (factor,) = checks.real("scale_", factor=factor)
     (checked,) = checks.floats("scale_", x=x)
     checks.check_out("scale_", x, checked.shape, checked.dtype, (), "x")
     _optimizers.scale(x, factor, threads.count)
@@ -564,7 +577,7 @@ def clip_(x, limit):
     TypeError, ValueError
         When `x` cannot be changed in place, or for a negative or NaN limit.
     """
-    checks.real("clip_", limit=limit)
+    (limit,) = checks.real("clip_", limit=limit)
     checks.require(limit >= 0, "clip_", f"limit is {limit}, it must be at least 0")
     (checked,) = checks.floats("clip_", x=x)
     checks.check_out("clip_", x, checked.shape, checked.dtype, (), "x")

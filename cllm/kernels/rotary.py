@@ -9,9 +9,9 @@ from cllm._core.pool import empty
 from cllm._kernels import rotary as _rotary
 from cllm.kernels import checks, threads
 
-# Tables of up to this many angles for positions that differ between sequences are kept, too: a step of
-# generation asks for the same one in each layer. Larger ones would hold on to too much memory.
-_KEPT = 1 << 16
+# Bytes of a table that is kept: each layer of a step asks for the same one. Eight of them are 64 MB at most;
+# beyond 16384 positions of 128 float32 channels, computing one again is little beside attention itself.
+_KEPT = 1 << 23
 
 
 @lru_cache(maxsize=8)
@@ -24,6 +24,8 @@ def _angles(offsets, T, half, base, dtype):
 
 def _check_offset(function, offset, B):
     """The positions of the sequences' first elements as a tuple: one for all, or one for each."""
+    if isinstance(offset, np.ndarray) and not offset.ndim:
+        offset = offset[()]
     if not isinstance(offset, (np.ndarray, list, tuple)):
         checks.whole(function, "offset", offset, 0, 2**31, "in [0, 2**31)")
         return (int(offset),)
@@ -97,7 +99,7 @@ def _rotate(function, name, x, offset, base, out, back):
         return out
     if not _in_place(x):
         x = np.array(x, order="C")
-    angles = _angles if len(offsets) == 1 or x.size // x.shape[1] <= _KEPT else _angles.__wrapped__
+    angles = _angles if len(offsets) * T * D * x.itemsize <= _KEPT else _angles.__wrapped__
     cosine, sine = angles(offsets, T, D // 2, float(base), x.dtype)
     _rotary.rotary(x, cosine, sine, back, out, threads.count)
     return out

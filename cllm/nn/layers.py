@@ -5,8 +5,16 @@ import math
 import numpy as np
 
 from cllm import functional as F
+from cllm.errors import InputError
+from cllm.functional.elementwise import check_probability
 from cllm.nn.module import Module, initial
 from cllm.tensor import Parameter
+
+
+def _check_sizes(layer, **sizes):
+    for name, n in sizes.items():
+        if not isinstance(n, (int, np.integer)) or n < 0:
+            raise InputError(f"{layer}: {name} is {n!r}, it must be an integer of at least 0")
 
 
 class Linear(Module):
@@ -17,6 +25,7 @@ class Linear(Module):
 
     def __init__(self, in_features, out_features, bias=True, dtype=np.float32):
         super().__init__()
+        _check_sizes("Linear", in_features=in_features, out_features=out_features)
         bound = 1 / math.sqrt(in_features) if in_features else 0.0
 
         def draw(generator, shape):
@@ -35,6 +44,7 @@ class Embedding(Module):
 
     def __init__(self, num_embeddings, embedding_dim, dtype=np.float32):
         super().__init__()
+        _check_sizes("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         self.weight = initial(
             (num_embeddings, embedding_dim), dtype, lambda generator, shape: generator.standard_normal(shape)
         )
@@ -45,25 +55,31 @@ class Embedding(Module):
 
 
 class LayerNorm(Module):
-    """Layer norm over the last dimensions, normalized_shape: an int or a tuple."""
+    """Layer norm over the last dimensions, normalized_shape: an int or a tuple.
 
-    def __init__(self, normalized_shape, eps=1e-5, bias=True, dtype=np.float32):
+    Without elementwise_affine it has neither weight nor bias.
+    """
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, dtype=np.float32):
         super().__init__()
         self.normalized_shape, self.eps = normalized_shape, eps
-        self.weight = Parameter(np.ones(normalized_shape, dtype))
-        self.bias = Parameter(np.zeros(normalized_shape, dtype)) if bias else None
+        self.weight = Parameter(np.ones(normalized_shape, dtype)) if elementwise_affine else None
+        self.bias = Parameter(np.zeros(normalized_shape, dtype)) if elementwise_affine and bias else None
 
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(Module):
-    """Root mean square norm over the last dimensions; eps None is the dtype's machine epsilon."""
+    """Root mean square norm over the last dimensions; eps None is the dtype's machine epsilon.
 
-    def __init__(self, normalized_shape, eps=None, dtype=np.float32):
+    Without elementwise_affine it has no weight.
+    """
+
+    def __init__(self, normalized_shape, eps=None, elementwise_affine=True, dtype=np.float32):
         super().__init__()
         self.normalized_shape, self.eps = normalized_shape, eps
-        self.weight = Parameter(np.ones(normalized_shape, dtype))
+        self.weight = Parameter(np.ones(normalized_shape, dtype)) if elementwise_affine else None
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -74,6 +90,7 @@ class Dropout(Module):
 
     def __init__(self, p=0.5):
         super().__init__()
+        check_probability("Dropout", p)
         self.p = p
 
     def forward(self, x):

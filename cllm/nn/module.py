@@ -1,5 +1,6 @@
 """Module: an object that holds parameters and submodules as attributes and computes with them."""
 
+from collections import namedtuple
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +14,8 @@ _GAP = 16  # each parameter starts at a multiple of this many elements: 64 bytes
 
 # A module's own bookkeeping, which copies and pickles of it do without.
 _BOOKKEEPING = ("flat_data", "flat_grad", "_captures")
+
+IncompatibleKeys = namedtuple("IncompatibleKeys", "missing_keys unexpected_keys")
 
 _draws = True
 
@@ -103,10 +106,13 @@ class Module:
         """Leave training mode; returns self."""
         return self.train(False)
 
-    def zero_grad(self):
-        """Let every parameter's `grad` be None."""
+    def zero_grad(self, set_to_none=True):
+        """Let every parameter's `grad` be None; with set_to_none=False, fill those that exist with zeros."""
         for parameter in self.parameters():
-            parameter.grad = None
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.fill(0)
 
     # Looking inside ----------------------------------------------------------------------------------
 
@@ -130,14 +136,21 @@ class Module:
         """Name -> array of every parameter: not copies but the arrays that training goes on changing."""
         return {name: parameter.data for name, parameter in self._named()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state_dict, strict=True):
         """Copy the arrays of a state_dict into the parameters; nothing changes unless all of it fits.
 
         Parameters
         ----------
-        state : dict
+        state_dict : dict
             Name -> array of floats, cast to the parameter's dtype. A parameter with several names needs one
             of them.
+        strict : bool
+            False passes over names that are missing or unexpected.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The named tuple (missing_keys, unexpected_keys) of lists of names.
 
         Raises
         ------
@@ -147,17 +160,17 @@ class Module:
         names = {}
         for name, parameter in self._named():
             names.setdefault(id(parameter), (parameter, []))[1].append(name)
-        missing = [aliases[0] for _, aliases in names.values() if not any(name in state for name in aliases)]
+        missing = [aliases[0] for _, aliases in names.values() if not any(name in state_dict for name in aliases)]
         known = [name for _, aliases in names.values() for name in aliases]
-        unexpected = [name for name in state if name not in set(known)]
+        unexpected = [name for name in state_dict if name not in set(known)]
         problems = []
-        if missing:
+        if strict and missing:
             problems.append(f"missing {_listed(missing)}")
-        if unexpected:
+        if strict and unexpected:
             problems.append(f"unexpected {_listed(unexpected)}{nearest(unexpected[0], missing)}")
         copies = []
         for parameter, aliases in names.values():
-            arrays = [(name, np.asarray(state[name])) for name in aliases if name in state]
+            arrays = [(name, np.asarray(state_dict[name])) for name in aliases if name in state_dict]
             for name, array in arrays:
                 if array.shape != parameter.shape:
                     problems.append(f"{name} is {array.shape}, it must be {parameter.shape}")
@@ -170,6 +183,7 @@ class Module:
             raise InputError(f"the weights do not fit this {type(self).__name__}: {'; '.join(problems)}")
         for parameter, array in copies:
             parameter.data[...] = array
+        return IncompatibleKeys(missing, unexpected)
 
     def flatten(self, dtype=None):
         """Move all parameters into one contiguous block, `flat_data`, and their gradients into `flat_grad`.

@@ -1,7 +1,9 @@
 """What all optimizers share: checks of hyperparameters, groups, state, which arrays an update joins."""
 
 import math
+from collections.abc import Mapping
 from numbers import Real
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -9,6 +11,7 @@ import numpy as np
 from cllm import kernels
 from cllm.errors import InputError, nearest
 from cllm.optim import spans
+from cllm.tensor import enable_grad
 
 # Hyperparameters -------------------------------------------------------------------------------------
 
@@ -63,8 +66,9 @@ class Optimizer:
 
     Parameters
     ----------
-    params : iterable of Tensor, or of dict
-        The parameters, or groups ``{"params": [...], "lr": ...}`` with hyperparameters of their own.
+    params : iterable of Tensor, of (name, Tensor), or of dict
+        The parameters, or groups ``{"params": [...], "lr": ...}`` with hyperparameters of their own. Names
+        become the group's "param_names".
     defaults : dict
         The hyperparameters by name, the constructor's arguments: what a group may set. A constructor's
         ``locals()`` will do: ``self``, ``params`` and ``__class__`` are left out.
@@ -200,6 +204,12 @@ class Optimizer:
                 )
         params = group["params"]
         params = [params] if hasattr(params, "grad") else list(params)
+        names = [p[0] for p in params if isinstance(p, tuple) and len(p) == 2]
+        if names:
+            if len(names) < len(params):
+                raise InputError(f"{len(names)} of {len(params)} parameters are named, it must be all or none")
+            group = {**group, "param_names": names}
+            params = [p for _, p in params]
         known = {id(p) for p in self._params()}
         for i, p in enumerate(params):
             if not hasattr(p, "grad") or not isinstance(getattr(p, "data", None), np.ndarray):
@@ -216,14 +226,27 @@ class Optimizer:
         self._state += [{} for _ in params]
         self._made.append(())
 
-    def step(self):
+    def step(self, closure=None):
         """Update every parameter that has a gradient, in place.
+
+        Parameters
+        ----------
+        closure : function, optional
+            Called first, with gradients on: it computes the loss, calls its backward() and returns it.
+
+        Returns
+        -------
+        What the closure returned, or None.
 
         Raises
         ------
         InputError
             For a hyperparameter out of range, such as a NaN learning rate; no parameter has changed then.
         """
+        loss = None
+        if closure is not None:
+            with enable_grad():
+                loss = closure()
         for group in self.param_groups:
             self.check(group)
         self._plan()
@@ -240,14 +263,26 @@ class Optimizer:
                 param[...] = copy
             for i in indices:
                 steps[i] = step
+        return loss
 
-    def zero_grad(self):
-        """Forget all gradients; the next backward pass assigns them anew."""
-        for group in self.param_groups:
-            for p in group["params"]:
+    def zero_grad(self, set_to_none=True):
+        """Forget all gradients; the next backward pass assigns them anew.
+
+        With set_to_none=False those that exist are filled with zeros: their parameters go on being updated.
+        """
+        for p in self._params():
+            if set_to_none:
                 p.grad = None
+            elif p.grad is not None:
+                p.grad.fill(0)
 
     # State -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self):
+        """Parameter -> its "step" and arrays in `state_dict`, of those that were updated; read-only."""
+        values = self.state_dict()["state"]
+        return MappingProxyType({p: values[i] for i, _, p in self._numbered() if i in values})
 
     def state_dict(self):
         """The state by parameter number, and the groups, laid out as torch.optim's.
@@ -280,6 +315,9 @@ class Optimizer:
         InputError
             When groups, parameters, shapes or dtypes differ; nothing has changed then.
         """
+        for key in ("state", "param_groups"):
+            if not isinstance(state_dict, Mapping) or key not in state_dict:
+                raise InputError(f'the state has no "{key}", it must be what state_dict() returned')
         groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in self.param_groups]
         given = [len(group["params"]) for group in groups]

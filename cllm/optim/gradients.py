@@ -28,35 +28,57 @@ def _check_limit(name, value):
 # Clipping --------------------------------------------------------------------------------------------
 
 
-def clip_grad_norm_(params, max_norm):
+def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False):
     """Scale all gradients by one factor, in place, so that their norm is at most `max_norm`.
 
     Parameters
     ----------
-    params : iterable of Tensor
+    parameters : iterable of Tensor
         Those without a gradient are skipped.
     max_norm : float
         Infinity only measures.
+    norm_type : float
+        The p of the p-norm, above 0; infinity is the largest magnitude.
+    error_if_nonfinite : bool
+        Whether a norm that is NaN or infinite raises, and leaves the gradients as they are.
 
     Returns
     -------
     float
-        The 2-norm of all gradients together, before clipping, summed in double. Where it is NaN or infinite
+        The norm of all gradients together, before clipping, summed in double. Where it is NaN or infinite
         the gradients are of no use and become NaN or 0, as in torch.
 
     Raises
     ------
     InputError
-        When `max_norm` is negative or NaN.
+        When `max_norm` is negative or NaN, or `norm_type` not above 0.
+    RuntimeError
+        With `error_if_nonfinite`, as in torch.
     """
     _check_limit("max_norm", max_norm)
-    grads = _gradients(params)
-    norm = math.sqrt(sum(kernels.sum_of_squares(grad) for grad in spans.joined(grads)))
+    grads = _gradients(parameters)
+    if norm_type == 2:
+        norm = math.sqrt(sum(kernels.sum_of_squares(grad) for grad in spans.joined(grads)))
+    else:
+        norm = _norm(spans.joined(grads), norm_type)
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(f"clip_grad_norm_: the norm of the gradients is {norm}, it must be finite")
     _scale_to_norm(grads, max_norm, norm)
     return norm
 
 
-def clip_grads_with_norm_(params, max_norm, total_norm):
+def _norm(grads, p):
+    """The p-norm of all arrays together; of their magnitudes over the largest, so that no power overflows."""
+    if not is_number(p) or not p > 0:
+        raise InputError(f"norm_type is {p!r}, it must be a number above 0")
+    sizes = [np.abs(grad, dtype=np.float64) for grad in grads]
+    largest = float(np.max([size.max(initial=0) for size in sizes], initial=0))
+    if p == math.inf or largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * sum(float(((size / largest) ** p).sum()) for size in sizes) ** (1 / p)
+
+
+def clip_grads_with_norm_(parameters, max_norm, total_norm):
     """`clip_grad_norm_` with a norm that is known already, such as from `gradient_statistics`.
 
     Raises
@@ -65,7 +87,7 @@ def clip_grads_with_norm_(params, max_norm, total_norm):
         When `max_norm` is negative or NaN.
     """
     _check_limit("max_norm", max_norm)
-    _scale_to_norm(_gradients(params), max_norm, total_norm)
+    _scale_to_norm(_gradients(parameters), max_norm, total_norm)
 
 
 def _scale_to_norm(grads, max_norm, norm):
@@ -76,7 +98,7 @@ def _scale_to_norm(grads, max_norm, norm):
             kernels.scale_(grad, factor)
 
 
-def clip_grad_value_(params, clip_value):
+def clip_grad_value_(parameters, clip_value):
     """Limit every element of the gradients to [-clip_value, clip_value], in place; NaN stays NaN.
 
     Raises
@@ -85,7 +107,7 @@ def clip_grad_value_(params, clip_value):
         When `clip_value` is negative or NaN.
     """
     _check_limit("clip_value", clip_value)
-    for grad in spans.joined(_gradients(params)):
+    for grad in spans.joined(_gradients(parameters)):
         kernels.clip_(grad, clip_value)
 
 
