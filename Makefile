@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Python files are used from here (an editable install); these are the ones whose change needs a new build.
+# Python files are used from here (an editable install, by a path: the default way loses to any folder named cllm in
+# the working directory, such as the clone itself seen from beside it); these are the ones whose change needs a new build.
 BUILD_INPUTS := pyproject.toml setup.py $(shell find cllm -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 # Prints the requirements of one extra, so that adding it does not compile the kernels again.
 EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
@@ -42,7 +43,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/pip
-	$(BIN)/pip install --editable .
+	$(BIN)/pip install --config-settings editable_mode=compat --editable .
 	touch $@
 
 $(VENV)/extra-%: pyproject.toml | $(BIN)/pip

@@ -137,20 +137,21 @@ def _split_overrides(argv):
 
 def _task_flags(argv):
     """The keys of [task] that are true or false in the function which `argv` or its config file names."""
-    from cllm import config, task
+    from cllm import config
 
     options = [match for match in map(_OVERRIDE.fullmatch, argv) if match]
     if not any(match[1].removeprefix("base.").startswith("task.") for match in options):
         return set()
     places = []  # [task] sections: the last one that names a function counts
-    with suppress(InputError, OSError):  # what is wrong with a file is told when it is read in earnest
+    # What is wrong with a file is told when it is read in earnest.
+    with suppress(InputError, OSError, AttributeError, TypeError):
         for path in [Path(word) for word in argv if word.endswith(".toml") and Path(word).is_file()]:
             nested = config.read_toml(path)
             base = nested.get("sweep", {}).get("base")
             files = [(path.parent / base, config.read_toml(path.parent / base))] if base else []
             for file, sections in [*files, (path, nested), (path, nested.get("base", {}))]:
                 config.beside(sections, file)
-                places.append(sections.get("task", {}))
+                places.append(dict(sections.get("task", {}).items()))
     for word, value in zip(argv, [*argv[1:], ""]):
         if match := _OVERRIDE.fullmatch(word):
             section, _, name = match[1].removeprefix("base.").partition(".")
@@ -158,8 +159,7 @@ def _task_flags(argv):
                 places.append({name: value if match[2] is None else match[2]})
     named = [(key, place[key]) for place in places for key in ("build", "run") if key in place]
     with suppress(InputError):
-        known = task.arguments(*named[-1]) if named else {}
-        return {f"task.{name}" for name, default in (known or {}).items() if isinstance(default, bool)}
+        return config.task_flags(*named[-1]) if named else set()
     return set()
 
 

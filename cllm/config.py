@@ -26,7 +26,7 @@ from cllm.task import LossConfig, TaskConfig
 
 __all__ = [
     "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "given", "load",
-    "optimizer_arguments", "parse_value", "to_dict", "to_toml", "unflatten",
+    "optimizer_arguments", "parse_value", "task_flags", "to_dict", "to_toml", "unflatten",
 ]  # fmt: skip
 
 
@@ -335,14 +335,14 @@ def _gather_task_arguments(values):
         return {}
     if found.build == task.GIVEN:
         return {**names, "arguments": values}
-    known, any_other = task.arguments(found.key, found.reference)
+    known = task.arguments(found.key, found.reference)
     plain = (bool, int, float, str, list, tuple)  # any other default stays with the function
     arguments = {
         name: default for name, default in known.items()
         if isinstance(default, plain) or default is inspect.Parameter.empty
     }  # fmt: skip
     for name, value in values.items():
-        if name not in known and not any_other:
+        if name not in known and not task.takes_any(found.key, found.reference):
             takes = f"which takes {', '.join(known)}" if known else "which takes none"
             hint = nearest(name, known).replace('"', '"task.', 1)
             raise InputError(f"task.{name} is not an argument of {found.reference}{hint}, {takes}")
@@ -353,6 +353,12 @@ def _gather_task_arguments(values):
         if value is inspect.Parameter.empty:
             raise InputError(f"task.{name} is missing, {found.reference} has no default for it")
     return {**names, "arguments": arguments}
+
+
+def task_flags(key, reference):
+    """The keys of [task] that are true or false, as the function of [task] `key` = `reference` says."""
+    defaults = task.arguments(key, reference).items()
+    return {f"task.{name}" for name, default in defaults if isinstance(default, bool)}
 
 
 def _hint_of_default(default):

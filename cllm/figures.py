@@ -7,6 +7,7 @@ and touch no global state of matplotlib. Colours and fonts come from `cllm.mplst
 import functools
 import itertools
 import math
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def loss_curves(runs):
     for look, group in settings:
         plain = {"color": look["color"]}
         for run in group if raw else ():
-            faint = {"alpha": 0.3 / math.sqrt(len(drawn)), "linewidth": 0.6, "rasterized": True}
+            faint = {"alpha": 0.3, "linewidth": 0.6, "rasterized": True}
             loss_axes.plot(*run.series("train", "loss"), **plain, **faint, zorder=1)
         trained += _draw_mean(loss_axes, group, "train", "loss", smooth=True, **plain)
         evaluated += _draw_mean(loss_axes, group, split, "loss", band=True, **look, linestyle="--", zorder=4)
@@ -150,7 +151,7 @@ def loss_curves(runs):
     if raw:
         legend.append(Line2D([], [], **gray, linewidth=0.6, alpha=0.6, label="training, raw"))
     legend.append(Line2D([], [], **gray, linestyle="--", label=SPLIT_NAMES.get(split, split) + over_seeds))
-    figure.legend(handles=legend, loc="outside right upper")
+    _add_legend(figure, legend, "outside right upper", 30)
     return figure
 
 
@@ -221,7 +222,7 @@ def metric_curves(runs, metrics=None):
         Line2D([], [], color="0.4", linestyle=style, label=SPLIT_NAMES.get(split, split))
         for split, style in styles.items()
     ]
-    figure.legend(handles=legend, loc="outside right upper")
+    _add_legend(figure, legend, "outside right upper", 30)
     return figure
 
 
@@ -232,7 +233,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     There is one line for each setting of the other keys in which the runs differ: means over `over`, with
     standard errors as bars, the single runs as small dots and a star on the best mean. Where a run failed
     or diverged there is no mean: the other runs stay as dots, and a cross at the top counts the failures.
-    Diverged is a value that is NaN or, of a language model's loss, above the first training loss.
+    Diverged is a value that is NaN or, of a language model's loss, 5 % above the first training loss.
 
     Parameters
     ----------
@@ -272,7 +273,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     if all(map(math.isnan, ends.values())):
         if any(run.state == "finished" and y in run.names() for run in runs):
             above = y.endswith(".loss") and not all(map(_is_task, runs))
-            how = "NaN or above the first training loss" if above else "NaN"
+            how = "NaN or 5 % above the first training loss" if above else "NaN"
             raise InputError(f'every finished run diverged: its "{y}" is {how}')
         recorded = dict.fromkeys(name for run in runs for name in run.names())
         raise InputError(f'no finished run has recorded "{y}"{"" if y in recorded else nearest(y, recorded)}')
@@ -356,7 +357,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     if n_lines > len(lines):
         title += f"; best {len(lines)} of {n_lines} settings"
     axes.set_title(title, loc="left")
-    figure.legend(handles=legend, loc="outside lower center", ncols=2 if len(legend) > 3 else len(legend))
+    _add_legend(figure, legend, "outside lower center", 76)
     return figure
 
 
@@ -483,6 +484,21 @@ def for_directory(path, out=None):
     return paths
 
 
+def _add_legend(figure, handles, place, width):
+    """A legend beside the axes, or below them in as many columns as fit `width` characters.
+
+    Longer labels are broken: a legend takes its room from the axes, or runs out of the figure.
+    """
+    for handle in handles:
+        handle.set_label("\n".join(textwrap.wrap(handle.get_label(), width)))
+    columns = 1
+    if "lower" in place:
+        widest = max((len(handle.get_label()) for handle in handles), default=0)
+        most = 2 if len(handles) > 3 else len(handles)
+        columns = max(1, min(most, width // max(widest + 6, 1)))  # 6: the line before the words
+    figure.legend(handles=handles, loc=place, ncols=columns)
+
+
 # Which runs belong together --------------------------------------------------------------------------
 
 
@@ -491,10 +507,15 @@ def _varied(runs, but):
     keys = dict.fromkeys(key for run in runs for key in run.config)
     varied = []
     for key in keys:
-        # An optimizer's own arguments are compared among the runs that have them: that others lack them
-        # follows from optim.name.
-        having = [run.config.get(key) for run in runs if key in run.config or not key.startswith("optim.")]
-        if key not in ("run.dir", "train.threads", *but) and any(value != having[0] for value in having):
+        # Arguments of an optimizer or schedule are compared among the runs of one name: what else differs
+        # follows from the name.
+        name = f"{key.partition('.')[0]}.name"
+        found = {}
+        for run in runs:
+            kind = None if key == name else run.config.get(name)
+            found.setdefault(kind, set()).add(_hashable(run.config.get(key)))
+        differs = any(len(values) > 1 for values in found.values())
+        if differs and key not in ("run.dir", "train.threads", *but):
             varied.append(key)
     return varied
 
@@ -535,7 +556,7 @@ def _end(run, y, at, goal):
     best = np.fmin if goal == "minimize" else np.fmax  # they pass over NaN, as `sweep` does
     value = float(values[-1] if at == "last" else best.reduce(values))
     starts = run.series("train", "loss")[1]
-    if metric == "loss" and not _is_task(run) and len(starts) and value > starts[0]:
+    if metric == "loss" and not _is_task(run) and len(starts) and value > 1.05 * starts[0]:
         return math.nan
     return value
 
@@ -709,6 +730,9 @@ def _together_text(values):
 
 
 def _text(value):
+    """A value in a label; of a user's "file.py:Name" the name."""
+    if isinstance(value, str) and ".py:" in value:
+        return value.rpartition(":")[2]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

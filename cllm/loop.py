@@ -63,7 +63,8 @@ class LoopRun:
             raise InputError(f"run.log: split is {split!r}, it must be a word without a dot")
         values = {name: number(value) for name, value in values.items()}
         for name, value in values.items():
-            if isinstance(value, list | tuple) or np.ndim(value) or np.asarray(value).dtype.kind not in "biuf":
+            several = isinstance(value, list | tuple) or np.ndim(value) > 0
+            if several or np.asarray(value).dtype.kind not in "biuf":
                 raise InputError(f"run.log: {name} is a {type(value).__name__}, it must be one number")
         self._begin()
         self._logged = step
@@ -133,7 +134,7 @@ class LoopRun:
         return loaded[2]["step"], loaded[0], loaded[2]["state"]
 
     def _begin(self):
-        """Before the first record or checkpoint: drop what an earlier process left, unless it was restored."""
+        """Before the first record or checkpoint: drop an earlier process's, unless they were restored."""
         self._begun = True
         if not self._loop.cut:
             self._loop.start_again()

@@ -246,7 +246,8 @@ def _json(values, what, indent=None):
             try:
                 json.dumps(plain(value), allow_nan=False)
             except (TypeError, ValueError, RecursionError):
-                shape = f" of shape {value.shape}" if isinstance(getattr(value, "shape", None), tuple) else ""
+                shape = getattr(value, "shape", ())
+                shape = f" of shape {shape}" if isinstance(shape, tuple) and shape else ""
                 given = f"{what.format(repr(str(key)))} is a {type(value).__name__}{shape}"
                 raise InputError(
                     f"{given}, it must be a number, a text or a list of such, which JSON can hold"

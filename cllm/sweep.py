@@ -22,8 +22,8 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from time import monotonic
 
-from cllm import config as configs
 from cllm import checkpoint, kernels, optim, records, schedules, train, userfile, verdict, watch
+from cllm import config as configs
 from cllm.errors import InputError, nearest, plain_notes
 from cllm.files import write_atomic
 from cllm.lifecycle import user_files
@@ -546,6 +546,9 @@ def _train(sweep, trial, directory, report):
     began = monotonic()
     try:
         if (run_dir / "config.toml").exists():
+            if not _trained(run_dir):  # as it is set now: a mended file may take other arguments
+                config = configs.to_dict(sweep.trial_config(trial, directory))
+                write_atomic(run_dir / "config.toml", configs.to_toml(config))
             train.resume(run_dir, progress=report)
         else:
             train.Trainer(sweep.trial_config(trial, directory), progress=report).fit()
@@ -635,7 +638,7 @@ def _prepare_data(sweep, todo, directory):
 
 
 def _trained(run_dir):
-    """What a trial that is finished or has a checkpoint tells of its data and files; {} for one begun anew."""
+    """What a trial that is finished or has a checkpoint tells of its data and files; {} for another."""
     run = records.Run(run_dir)
     if run.state == "finished":
         return run.summary

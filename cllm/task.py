@@ -18,7 +18,7 @@ from cllm.errors import InputError
 from cllm.metrics import a_count
 from cllm.tensor import Tensor
 
-__all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "language_loss"]
+__all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "language_loss", "takes_any"]
 
 #: What [task] build says in a run whose task was given to the Trainer in Python.
 GIVEN = "given in Python"
@@ -106,24 +106,33 @@ def arguments(key, reference):
 
     Returns
     -------
-    named : dict
-        Name -> default, `inspect.Parameter.empty` where there is none.
-    any_other : bool
-        Whether it takes others, too (``**kwargs``).
+    dict
+        Name -> default, `inspect.Parameter.empty` where there is none. ``**kwargs`` is not in it, see
+        `takes_any`.
     """
-    try:
-        parameters = list(inspect.signature(function(key, reference)).parameters.values())
-    except (TypeError, ValueError):  # of classes that are not written in Python, such as dict
-        raise InputError(
-            f"task.{key}: the arguments of {reference} cannot be found out, it must be a function (def)"
-        ) from None
+    parameters = _parameters(key, reference)
     given = {"build": ("config",), "run": ("config", "run")}[key]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < len(given) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise InputError(f"task.{key}: {reference} must take {' and '.join(given)} before its own arguments")
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     own = [p for p in parameters if p.kind not in starred and p not in positional[: len(given)]]
-    return {p.name: p.default for p in own}, any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {p.name: p.default for p in own}
+
+
+def takes_any(key, reference):
+    """Whether a task's function takes keyword arguments of any name (``**kwargs``)."""
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(key, reference))
+
+
+def _parameters(key, reference):
+    found = function(key, reference)
+    try:
+        return list(inspect.signature(found).parameters.values())
+    except (TypeError, ValueError):  # of classes that are not written in Python, such as dict
+        raise InputError(
+            f"task.{key}: the arguments of {reference} cannot be found out, it must be a function (def)"
+        ) from None
 
 
 class Task:

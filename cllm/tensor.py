@@ -1417,7 +1417,7 @@ def gradcheck(function, inputs, eps=1e-6, atol=1e-5, rtol=1e-3, raise_exception=
             below = value()
             x.data[element] = before
             numeric[element] = (above - below) / (2 * eps)
-        excess = np.abs(expected - numeric) - (atol + rtol * np.abs(numeric))
+        excess = np.asarray(np.abs(expected - numeric) - (atol + rtol * np.abs(numeric)))
         excess[np.isnan(excess)] = np.inf
         if x.data.size and excess.max() > 0:
             if not raise_exception:

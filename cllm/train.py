@@ -89,8 +89,8 @@ class Trainer(Lifecycle):
     Parameters
     ----------
     config : cllm.Config, dict or path-like
-        As ``cllm.config.load(path, overrides)`` gives it; a dict of its keys, nested or dotted, or the path of
-        a TOML file will do. Its [task] names a task of the user's own; without one it is a GPT on [data].
+        As ``cllm.config.load(path, overrides)`` gives it; a dict of its keys, nested or dotted, or the path
+        of a TOML file will do. Its [task] names a task of the user's own; without one it is a GPT on [data].
     task : cllm.Task, optional
         A task made in Python, instead of [task] build. Its run can only be resumed from Python.
     callbacks : iterable of callables

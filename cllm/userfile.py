@@ -18,7 +18,10 @@ from pathlib import Path
 from cllm.errors import InputError, nearest
 from cllm.files import write_atomic
 
-__all__ = ["beside", "digest", "digests", "forget", "is_reference", "keep", "load", "own_traceback", "refuse_changed"]
+__all__ = [
+    "beside", "digest", "digests", "forget", "is_reference", "keep", "load", "own_traceback",
+    "refuse_changed",
+]  # fmt: skip
 
 _MODULES = {}  # (resolved path, sha256) -> module
 _RUN = set()  # paths of the files that were run, as they were written
@@ -122,8 +125,9 @@ def refuse_changed(files, folder, run_dir):
             source = Path(path).read_bytes()
         except OSError as error:
             raise InputError(
-                f"{path}, with which {run_dir} was trained, cannot be read ({error.strerror}) from the working "
-                f"directory, {Path.cwd()}; go back to the one it was trained in, or put back {kept}"
+                f"{path}, with which {run_dir} was trained, cannot be read ({error.strerror}) from the "
+                f"working directory, {Path.cwd()}; go on in the one it was trained in, "
+                f"or put back what is kept in {kept}"
             ) from None
         if hashlib.sha256(source).hexdigest() != sha256:
             raise InputError(

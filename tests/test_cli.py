@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cllm import cli, config
+from cllm.errors import InputError
 
 TINY = [
     "--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "16", "--model.block-size", "16",
@@ -125,6 +126,38 @@ def test_version(cllm):
 )
 def test_overrides(words, expected):
     assert cli._split_overrides(words) == ([], expected)
+
+
+FLAGGED = "def build(config, use_loss=False, no_mask=True, n=1): ...\ndef other(config, bias=True): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--task.use-loss", "run.toml"], {"task.use_loss": True}),
+        (["run.toml", "--task.no-use-loss", "--task.no-mask"], {"task.use_loss": False, "task.no_mask": 1}),
+        (["run.toml", "--task.no-no-mask", "--task.n", "3"], {"task.no_mask": False, "task.n": 3}),
+        (["--task.build", "a/my.py:other", "--task.no-bias"], {"task.bias": False}),
+        (["sweep.toml", "--base.task.use-loss"], {"base.task.use_loss": True}),
+        (["based.toml", "--base.task.no-use-loss"], {"base.task.use_loss": False}),
+        (["wrong.toml", "--task.n", "3"], {"task.n": 3}),
+    ],
+)
+def test_flags_of_a_tasks_function(tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "my.py").write_text(FLAGGED)
+    (tmp_path / "a" / "base.toml").write_text('[task]\nbuild = "my.py:build"\n')  # beside my.py
+    (tmp_path / "run.toml").write_text('[task]\nbuild = "a/my.py:build"\n')
+    (tmp_path / "sweep.toml").write_text('[base.task]\nbuild = "a/my.py:build"\n')
+    (tmp_path / "based.toml").write_text('[sweep]\nbase = "a/base.toml"\n')
+    (tmp_path / "wrong.toml").write_text("task = 3\n")
+    rest, overrides = cli._split_overrides(words)
+    overrides.pop("task.build", None)
+    assert overrides == expected and len(rest) == sum(word.endswith(".toml") for word in words)
+    with pytest.raises(InputError, match=r"--task\.n needs a value"):
+        cli._split_overrides([*words, "--task.n"])
 
 
 def test_overrides_leave_the_rest_to_argparse():

@@ -110,7 +110,7 @@ def test_another_optimizer_starts_from_its_own_defaults():
         ('[schedule]\nname = "cosin"', r'schedule.*cosin.*did you mean "cosine"'),
         ("[schedule]\ngama = 0.5", r'unknown key schedule.gama \(did you mean "schedule.gamma"\?\)'),
         ("[schedule]\ngamma = 0.5", r"schedule.gamma is not an argument of cosine, .* warmup_steps, min_lr"),
-        ('[schedule]\nname = "step"', r"schedule.step_size is missing, step needs it"),
+        ('[schedule]\nname = "join"', r"schedule.names is missing, join needs it"),
         ('[schedule]\nname = "step"\nstep_size = 2.5', r"schedule.step_size is 2.5, it must be an integer"),
         (
             '[schedule]\nname = "multi_step"\nmilestones = [500, 300]',
@@ -187,7 +187,7 @@ def test_a_tasks_arguments_are_checked_against_the_functions_defaults(mine, tmp_
     [
         ({"build": "my.py:build", "pp": 3}, 'not an argument of my.py:build (did you mean "task.p"?), which'),
         ({"build": "my.py:build", "zzz": 3}, "of my.py:build, which takes p, share, name, deep, sizes, ex"),
-        ({"build": "my.py:build", "p": 2.5}, "task.p is 2.5, it must be an integer"),
+        ({"build": "my.py:build", "p": "x"}, 'task.p is "x", it must be an integer or a finite number'),
         ({"build": "my.py:build", "p": True}, "task.p is true, it must be an integer"),
         ({"build": "my.py:build", "share": "much"}, 'task.share is "much", it must be a finite number'),
         ({"build": "my.py:build", "name": 3}, "task.name is 3, it must be a string"),
@@ -210,10 +210,67 @@ def test_bad_tasks_are_one_sentence(mine, keys, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_tasks_integer_may_become_a_float(mine):
+    for value in (2.5, 3):
+        found = load(None, {"task.build": "my.py:build", "task.p": value}).task.arguments["p"]
+        assert found == value and type(found) is type(value)
+
+
+def test_a_task_that_takes_any_argument_has_those_with_a_name_too(mine, tmp_path):
+    (tmp_path / "any.py").write_text("def build(config, p, share=0.5, *, deep=False, **more):\n    pass\n")
+    keys = {"task.build": "any.py:build", "task.p": 3, "task.other": "x"}
+    assert load(None, keys).task.arguments == {"share": 0.5, "deep": False, "p": 3, "other": "x"}
+    with pytest.raises(InputError, match=r'^task.share is "x", it must be a finite number$'):
+        load(None, {**keys, "task.share": "x"})
+    with pytest.raises(InputError, match=r"^task.p is missing, any.py:build has no default for it$"):
+        load(None, {"task.build": "any.py:build"})
+
+
+def test_a_class_without_a_signature_is_no_task(mine, tmp_path):
+    (tmp_path / "any.py").write_text("build = dict\n")
+    with pytest.raises(InputError, match=r"^task.build: the arguments of any.py:build cannot be found"):
+        load(None, {"task.build": "any.py:build"})
+
+
+def test_a_small_lr_lowers_the_min_lr_that_was_not_set(mine):
+    assert load(None, {"optim.lr": 5e-5}).schedule.min_lr == 5e-5
+    assert load(None, {"optim.lr": 5e-3}).schedule.min_lr == 1e-4
+    assert load(None, {"optim.lr": 5e-5, "schedule.name": "constant"}).schedule.min_lr is None
+    with pytest.raises(InputError, match=r"schedule.min_lr is 0.0001, it must be at most optim.lr \(5e-05\)"):
+        load(None, {"optim.lr": 5e-5, "schedule.min_lr": 1e-4})
+    own = {"task.run": "my.py:needs", "task.p": 1, "schedule.min_lr": 1.0}
+    assert load(None, own).schedule.min_lr == 1.0  # a loop of one's own need not use it
+
+
 def test_the_file_is_named_for_a_key_of_task(mine, tmp_path):
-    path = write(tmp_path, '[task]\nbuild = "my.py:build"\np = 2.5\n')
-    with pytest.raises(InputError, match=r"char.toml: task.p is 2.5"):
+    path = write(tmp_path, '[task]\nbuild = "my.py:build"\np = true\n')
+    with pytest.raises(InputError, match=r"char.toml: task.p is true"):
         load(path)
+
+
+def test_the_users_file_is_found_beside_the_config(mine, tmp_path, monkeypatch):
+    path = write(tmp_path, '[task]\nbuild = "my.py:build"\np = 7\n')
+    monkeypatch.chdir(tmp_path.parent)
+    config = load(path)
+    assert config.task.build == f"{tmp_path.name}/my.py:build" and config.task.arguments["p"] == 7
+    assert load(path, {"task.build": f"{path.parent}/my.py:build"}).task.build == f"{tmp_path}/my.py:build"
+    with pytest.raises(InputError, match=r"^task.build names my.py, which cannot be read"):
+        load(None, {"task.build": "my.py:build"})
+    path = write(tmp_path, '[model]\nattention = "none.py:A"\n')
+    with pytest.raises(InputError, match=r"^model.attention names none.py, which is neither .* nor beside /"):
+        load(path)
+    assert load(path, {"model.attention": "plain"}).model.attention == "plain"
+
+
+def test_a_config_as_a_dict_or_path(tmp_path):
+    expected = load(None, {"optim.lr": 0.01, "model.n_layer": 2})
+    nested = {"optim": {"lr": 0.01}, "model.n_layer": 2}
+    assert configs.given(nested) == configs.given(expected) == expected
+    assert nested == {"optim": {"lr": 0.01}, "model.n_layer": 2}
+    assert configs.given(str(write(tmp_path, "optim.lr = 0.01\nmodel.n_layer = 2"))) == expected
+    for wrong, message in ((3, "config is a int, it must be a cllm.Config, a"), ({3: 4}, "unknown key 3")):
+        with pytest.raises(InputError, match=message):
+            configs.given(wrong)
 
 
 def test_lists_of_any_length():

@@ -329,14 +329,14 @@ def test_against_takes_each_runs_best_record(tmp_path, goal, best):
         assert star.get_ydata() == [value]
 
 
-def write_ends(path, config, losses, accuracies=()):
+def write_ends(path, config, losses, perplexities=()):
     """A run's directory with a first training loss of 1 and some records of validation."""
     write_run(path, {"train.seed": 0, **config}, 2.0)
     with records.Recorder(path) as recorder:
         recorder.truncate(0)
         recorder.write({"step": 1, "split": "train", "loss": 1.0})
-        for step, (loss, accuracy) in enumerate(zip(losses, accuracies or losses), 1):
-            recorder.write({"step": step, "split": "val", "loss": loss, "accuracy": accuracy})
+        for step, (loss, perplexity) in enumerate(zip(losses, perplexities or losses), 1):
+            recorder.write({"step": step, "split": "val", "loss": loss, "perplexity": perplexity})
 
 
 @pytest.mark.parametrize("key", ["task.build", "task.run"])
@@ -355,22 +355,31 @@ def test_a_tasks_loss_may_end_above_that_of_its_first_training_step(tmp_path, ke
 def test_when_all_runs_diverged_the_error_says_so(tmp_path):
     write_ends(tmp_path / "run", {"optim.lr": 1e-3}, [1.2, 1.5], [0.5, math.nan])
     runs = records.load(tmp_path / "run")
-    message = r'every finished run diverged: its "val\.loss" is NaN or above the first training loss$'
+    message = r'every finished run diverged: its "val\.loss" is NaN or 5 % above the first training loss$'
     with pytest.raises(InputError, match=message):
         figures.against(runs, "optim.lr")
-    with pytest.raises(InputError, match=r'every finished run diverged: its "val\.accuracy" is NaN$'):
-        figures.against(runs, "optim.lr", "val.accuracy")
+    with pytest.raises(InputError, match=r'every finished run diverged: its "val\.perplexity" is NaN$'):
+        figures.against(runs, "optim.lr", "val.perplexity")
+
+
+def test_the_value_that_counts_says_whether_a_run_diverged(tmp_path):
+    write_ends(tmp_path / "run", {"optim.lr": 1e-3}, [0.8, 1.5])
+    runs = records.load(tmp_path / "run")
+    (star,) = line_at(figures.against(runs, "optim.lr", at="best").axes[0], "*")
+    assert star.get_ydata() == [0.8]
+    with pytest.raises(InputError, match="every finished run diverged"):
+        figures.against(runs, "optim.lr", at="last")
 
 
 @pytest.mark.parametrize("at, goal, expected", [
     ("best", "minimize", [0.4, 0.4, None]), ("best", "maximize", [0.6, 0.6, None]),
     ("last", "minimize", [0.6, None, None]),
 ])  # fmt: skip
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
 def test_nan_is_never_best_and_no_end_as_in_the_sweeps_table(tmp_path, metric, at, goal, expected):
     series = [[math.nan, 0.4, 0.6], [0.4, 0.6, math.nan], [math.nan, math.nan, math.nan]]
     toml = f'[sweep]\nat = "{at}"\ngoal = "{goal}"\nobjective = "val.{metric}"\nseeds = [0]\n'
-    toml += '[base.task]\nrun = "my.py:run"\n[[space]]\n"optim.lr" = [0.001, 0.003, 0.01]\n'
+    toml += '[base.data]\nsource = "text.txt"\n[[space]]\n"optim.lr" = [0.001, 0.003, 0.01]\n'
     (tmp_path / "grid.toml").write_text(toml, encoding="utf-8")
     plan = sweep.Sweep.load(tmp_path / "grid.toml")
     table = []
@@ -477,3 +486,27 @@ def test_attention_labels_tokens():
 def test_attention_refuses(arguments, message):
     with pytest.raises(InputError, match=message):
         figures.attention(*arguments)
+
+
+def test_what_follows_from_an_optimizers_name_is_no_label_and_long_labels_are_broken(tmp_path):
+    own = {
+        "adamw": {"optim.eps": 1e-8, "optim.weight_decay": 0.1},
+        "muon": {"optim.eps": 1e-7, "optim.weight_decay": 0.1, "optim.nesterov": 1},
+        "folder/of/mine/optimizers.py:ASignSGDWithALongName": {"optim.momentum": 0.9},
+    }
+    runs = []
+    for setting, (name, arguments) in enumerate(own.items()):
+        for seed in SEEDS:
+            path = tmp_path / "trials" / f"s{setting}-seed{seed}"
+            config = {"optim.name": name, **arguments, "train.seed": seed}
+            write_run(path, config, final_loss(3e-3 * (setting + 1), seed))
+            runs.append(records.Run(path))
+    curves = figures.loss_curves(runs)
+    words = [text.get_text().replace("\n", " ") for text in curves.legends[0].get_texts()]
+    names = ["optim = adamw", "optim = muon", "optim = ASignSGDWithALongName"]
+    assert words[:3] == names
+    assert_tidy(curves)
+    figure = figures.against(runs, "optim.name")
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [name[8:] for name in names]
+    assert len(figure.axes[0].containers) == 1  # one line: no other key tells settings apart
+    assert_tidy(figure)

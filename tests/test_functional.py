@@ -1,5 +1,7 @@
 """Functional: the fused operations' gradients, parity with torch, and where parameters' gradients go."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -339,6 +341,13 @@ def test_attention_dropout_is_undone_by_its_expectation_and_checked_by_its_seed(
         (lambda: F.embedding(np.array([9]), Tensor(values(5, 2))), ValueError, "9"),
         (lambda: F.embedding(np.array([0.5]), Tensor(values(5, 2))), TypeError, "integer"),
         (lambda: F.layer_norm(Tensor(values(3, 4)), 5), ValueError, "normalized_shape"),
+        (lambda: F.layer_norm(values(3, 4), 4.0), ValueError, "normalized_shape is 4.0, it must be of int"),
+        (lambda: F.dropout(values(3), "a"), ValueError, "dropout: p is 'a', it must be a number between"),
+        (
+            lambda: F.linear(values(3, 4), values(3)),
+            ValueError,
+            r"linear: input is \(3, 4\), weight is \(3,\)",
+        ),
         (lambda: F.cross_entropy(Tensor(values(3, 4)), np.array([0, 1])), ValueError, r"target is \(2,\)"),
         (lambda: F.cross_entropy(Tensor(values(3, 4)), values(3)), TypeError, "integer array"),
         (lambda: F.cross_entropy(Tensor(values(3, 4)), np.array([0, 4, 1])), ValueError, "4"),
@@ -389,6 +398,45 @@ def test_attention_dropout_is_undone_by_its_expectation_and_checked_by_its_seed(
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "function, shapes",
+    [
+        (F.linear, [(2, 4), (3, 4), (3,)]),
+        (F.linear, [(2, 4), (4,)]),
+        (partial(F.layer_norm, normalized_shape=(2, 4)), [(3, 2, 4), (2, 4), (2, 4)]),
+        (partial(F.rms_norm, normalized_shape=4), [(2, 4), (4,)]),
+        (lambda w: F.embedding(TOKENS, w), [(5, 2)]),
+        (lambda *w: F.token_position_embedding(TOKENS, *w), [(5, 2), (3, 2)]),
+        (F.feed_forward, [(2, 4), (3, 4), (3,), (4, 3), (4,)]),
+        (lambda x, w: F.linear_cross_entropy(x, w, [0, 2]), [(2, 4), (3, 4)]),
+    ],
+)
+def test_weights_may_be_arrays_and_lists(function, shapes):
+    names = {3: ("weight", "bias"), 2: ("weight",)}.get(len(shapes), ())
+    arrays = [values(*shape, seed=i, dtype=np.float32) for i, shape in enumerate(shapes)]
+    if isinstance(function, partial):
+        function = lambda x, *more, f=function: f(x, **dict(zip(names, more)))  # noqa: E731
+    expected = function(*map(Tensor, arrays)).data
+    np.testing.assert_array_equal(function(*arrays).data, expected)
+    np.testing.assert_array_equal(function(*(array.tolist() for array in arrays)).data, expected)
+
+
+@pytest.mark.parametrize(
+    "shape, bias", [((4,), False), ((4,), True), ((2, 4), False), ((2, 3, 4), False), ((2, 3, 4), True)]
+)
+def test_linear_with_one_row_is_torchs(shape, bias):
+    torch = pytest.importorskip("torch")
+    arrays = [values(*s, seed=i) for i, s in enumerate([shape, (4,), ()][: 2 + bias])]
+    ours = [Tensor(x, requires_grad=True) for x in arrays]
+    theirs = [torch.tensor(x, requires_grad=True) for x in arrays]
+    y, z = F.linear(*ours), torch.nn.functional.linear(*theirs)
+    np.testing.assert_allclose(y.data, z.detach().numpy(), rtol=1e-12)
+    y.sum().backward()
+    z.sum().backward()
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a.grad, b.grad.numpy(), rtol=1e-12)
 
 
 def test_rotary_keeps_the_offsets_of_the_forward_pass():

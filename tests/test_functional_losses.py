@@ -148,6 +148,18 @@ def test_elementwise_losses_are_torchs(name, more, shapes, reduction, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "huber_loss"])
+def test_elementwise_losses_take_torchs_weights(name, reduction, dtype):
+    torch = pytest.importorskip("torch")
+    weight = np.abs(values(3, 4, seed=5)).astype(dtype)
+    ours, theirs = torch_pair(dtype, values(3, 4, seed=1), values(3, 4, seed=2))
+    y = getattr(F, name)(*ours, reduction=reduction, weight=weight)
+    z = getattr(torch.nn.functional, name)(*theirs, reduction=reduction, weight=torch.tensor(weight))
+    assert_same(y, z, ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shapes", [((3, 4), (3, 4)), ((4,), (3, 1)), ((), (1, 4))])
 def test_binary_cross_entropy_takes_torchs_weights(shapes, dtype):
     torch = pytest.importorskip("torch")
@@ -432,6 +444,8 @@ def test_errors_of_elementwise_losses():
         assert_refuses(InputError, message, getattr(F, name), x, values(5))
         message = f"{name}: reduction is 'x', it must be \"mean\", \"sum\" or \"none\""
         assert_refuses(InputError, message, getattr(F, name), x, y, reduction="x")
+    message = "mse_loss: weight is (4,), it must be input's shape, (3, 4)"
+    assert_refuses(InputError, message, F.mse_loss, x, y, weight=np.ones(4))
     message = "smooth_l1_loss: beta is -1, it must be at least 0"
     assert_refuses(InputError, message, F.smooth_l1_loss, x, y, beta=-1)
     message = "huber_loss: delta is None, it must be a number"
@@ -444,3 +458,17 @@ def test_errors_of_elementwise_losses():
     assert_refuses(InputError, message, call, x, y, pos_weight=Parameter(np.ones(4)))
     message = "bce_with_logits_forward: weight is (3,), it must broadcast to (3, 4)"
     assert_refuses(InputError, message, call, x, y, weight=np.ones(3))
+    for name, option in (("smooth_l1_loss", "beta"), ("huber_loss", "delta")):
+        message = f"{name}: {option} is too large for a float"
+        assert_refuses(InputError, message, getattr(F, name), x, y, **{option: 10**400})
+
+
+def test_soft_targets_gradient_takes_scalars_of_any_float_dtype():
+    x = Tensor(values(3, 5))
+    gradients = []
+    for kind in (float, np.float16):
+        q = Tensor(np.abs(values(3, 5, seed=1)), requires_grad=True)
+        smoothing, z_loss = kind(np.float16(0.1)), kind(np.float16(0.3))
+        F.cross_entropy(x, q, label_smoothing=smoothing, z_loss=z_loss).backward()
+        gradients.append(q.grad)
+    np.testing.assert_array_equal(*gradients)

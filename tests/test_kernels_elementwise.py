@@ -61,7 +61,7 @@ class Operation(NamedTuple):
 
 OPERATIONS = {
     "gelu tanh": Operation("gelu", lambda torch, x: torch.nn.functional.gelu(x, approximate="tanh"), "tanh"),
-    "gelu": Operation("gelu", lambda torch, x: torch.nn.functional.gelu(x), "none"),
+    "gelu": Operation("gelu", lambda torch, x: torch.nn.functional.gelu(x)),
     "relu": Operation("relu", lambda torch, x: torch.relu(x)),
     "relu_squared": Operation("relu_squared", lambda torch, x: torch.relu(x).square()),
     "silu": Operation("silu", lambda torch, x: torch.nn.functional.silu(x)),

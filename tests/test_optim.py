@@ -10,7 +10,7 @@ import pytest
 
 from cllm import kernels, nn, optim
 from cllm.errors import InputError
-from cllm.tensor import Tensor
+from cllm.tensor import Tensor, is_grad_enabled, no_grad
 
 SHAPES = [(7, 5), (5,), (), (0, 3), (33,), (1,), (40, 3)]
 SHAPES_OF = {
@@ -582,6 +582,9 @@ def test_state_of_another_kind_is_refused_and_changes_nothing():
         ),
         (lambda: optimizer.load_arrays({**arrays, "exp_avg.9": np.zeros(4)}), "exp_avg.9, which belongs"),
         (lambda: optimizer.load_arrays({}), "the state is of 0 parameters"),
+        (lambda: optimizer.load_state_dict({}), 'the state has no "state", it must be what state_dict'),
+        (lambda: optimizer.load_state_dict({"state": {}}), 'the state has no "param_groups"'),
+        (lambda: optimizer.load_state_dict(None), 'the state has no "state"'),
     ):
         with pytest.raises(InputError, match=message):
             call()
@@ -646,6 +649,53 @@ def test_bad_hyperparameters(name, arguments, message):
     np.testing.assert_array_equal(p.data, 1)
 
 
+def test_zero_grad_may_fill_with_zeros():
+    p, q = (Tensor(np.ones(3), requires_grad=True) for _ in range(2))
+    optimizer = optim.SGD([p, q])
+    p.grad = np.ones(3)
+    before = p.grad
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad is before and p.grad.tolist() == [0, 0, 0] and q.grad is None
+    optimizer.zero_grad(set_to_none=True)
+    assert p.grad is None
+
+
+def test_a_closure_runs_with_gradients_on_and_gives_the_loss():
+    p = Tensor(np.full(2, 3.0), requires_grad=True)
+    optimizer = optim.SGD([p], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    with no_grad():
+        assert optimizer.step(closure).item() == 18.0 and not is_grad_enabled()
+    assert p.data.tolist() == [0, 0] and optimizer.step() is None
+
+
+def test_named_parameters_and_the_state_of_each_are_torchs():
+    torch = pytest.importorskip("torch")
+    layer, twin = nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    ours, theirs = optim.AdamW(layer.named_parameters()), torch.optim.AdamW(twin.named_parameters())
+    names = ours.param_groups[0]["param_names"]
+    assert names == theirs.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert len(ours.state) == len(theirs.state) == 0
+    layer(np.ones((1, 2), np.float32)).sum().backward()
+    twin(torch.ones(1, 2)).sum().backward()
+    ours.step()
+    theirs.step()
+    assert list(ours.state) == list(layer.parameters()) and ours.state[layer.bias]["step"] == 1
+    for name in ("exp_avg", "exp_avg_sq"):
+        np.testing.assert_allclose(ours.state[layer.weight][name], theirs.state[twin.weight][name], rtol=1e-6)
+    with pytest.raises(TypeError):
+        ours.state[layer.bias] = {}
+    again = optim.AdamW([{"params": layer.named_parameters()}])
+    again.load_state_dict(ours.state_dict())
+    assert again.state[layer.bias]["step"] == 1
+
+
 def test_bad_parameters():
     p = Tensor(np.ones(3), requires_grad=True)
     for params, message in (
@@ -653,7 +703,8 @@ def test_bad_parameters():
         ([p, p], r"params\[1\] of shape \(3,\) is given twice"),
         ([{"params": [p]}, {"params": [p]}], r"params\[0\] of shape \(3,\) is given twice"),
         ([np.ones(3)], r"params\[0\] is a ndarray, it must be a cllm.Tensor"),
-        ([("weight", p)], r"params\[0\] is a tuple"),
+        ([("weight", p, p)], r"params\[0\] is a tuple"),
+        ([("weight", p), Tensor(np.ones(2))], "1 of 2 parameters are named, it must be all or none"),
         ([p * 2], r"params\[0\] is the result of an operation, it must be a leaf"),
         ([{"params": [p], "momentun": 0.9}], r'SGD has no argument momentun \(did you mean "momentum"\?\)'),
         ([{"lr": 0.1}], 'a parameter group must be a dict with the key "params"'),

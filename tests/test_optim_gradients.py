@@ -40,21 +40,33 @@ def give_gradients(parameters, missing=()):
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("norm_type", [2.0, 1, 3.5, 0.5, math.inf])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
-def test_clip_grad_norm_against_torch(flat, dtype, max_norm):
+def test_clip_grad_norm_against_torch(flat, dtype, norm_type, max_norm):
     torch = pytest.importorskip("torch")
     ours = list(Bag(dtype, flat).parameters())
     theirs = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in ours]
     give_gradients(ours, missing=(2,))
     for p, q in zip(ours, theirs):
         q.grad = None if p.grad is None else torch.tensor(p.grad.copy())
-    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm).item()
-    norm = optim.clip_grad_norm_((p for p in ours), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_([q for q in theirs if q.numel()], max_norm, norm_type).item()
+    norm = optim.clip_grad_norm_(parameters=(p for p in ours), max_norm=max_norm, norm_type=norm_type)
     assert isinstance(norm, float)
-    assert norm == pytest.approx(expected, rel=1e-6)
+    assert norm == pytest.approx(expected, rel=3e-6)
     for p, q in zip(ours, theirs):
         if p.grad is not None:
-            np.testing.assert_allclose(p.grad, q.grad.numpy(), rtol=1e-6)
+            np.testing.assert_allclose(p.grad, q.grad.numpy(), rtol=3e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0, math.inf])
+def test_a_norm_that_is_not_finite_may_raise(value, norm_type):
+    p = Tensor(np.ones(3), requires_grad=True)
+    p.grad = np.array([1.0, value, 2.0])
+    with pytest.raises(RuntimeError, match=f"the norm of the gradients is {value}, it must be finite"):
+        optim.clip_grad_norm_(p, 1.0, norm_type, error_if_nonfinite=True)
+    assert p.grad[[0, 2]].tolist() == [1, 2]
+    np.testing.assert_equal(optim.clip_grad_norm_(p, math.inf, norm_type), value)
 
 
 def test_clip_grad_norm_of_nan_leaves_the_padding_alone():
@@ -108,6 +120,8 @@ def test_clipping_with_a_norm_that_is_known():
 def test_bad_clipping(value):
     with pytest.raises(InputError, match="max_norm is"):
         optim.clip_grad_norm_([], value)
+    with pytest.raises(InputError, match=r"norm_type is .*, it must be a number above 0"):
+        optim.clip_grad_norm_([], 1.0, value)
     with pytest.raises(InputError, match="clip_value is"):
         optim.clip_grad_value_([], value)
     with pytest.raises(InputError, match="max_norm is"):

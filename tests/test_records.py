@@ -8,6 +8,7 @@ import pytest
 
 from cllm import records
 from cllm.errors import InputError
+from cllm.tensor import Tensor
 
 
 def train(step, loss=1.0):
@@ -49,6 +50,31 @@ def test_values_of_all_kinds_stay_json(tmp_path):
         pytest.raises(ValueError, match=r'needs "step" and "split"; .* loss'),
     ):
         recorder.write({"loss": 1.0})
+
+
+def test_a_tensor_of_one_element_is_its_number(tmp_path):
+    with records.Recorder(tmp_path) as recorder:
+        recorder.write(train(1) | {"x": Tensor(2.5), "y": [Tensor([[3.0]])], "z": np.longdouble(0.5)})
+    assert records.Run(tmp_path).records == [train(1) | {"x": 2.5, "y": [3.0], "z": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("value", "given"),
+    [
+        (Tensor([1.0, 2.0]), r"'x' is a Tensor of shape \(2,\)"),
+        (b"1", "'x' is a bytes"),
+        ({"in": {1}}, "'x' is a dict"),
+        (np.complex64(1j), "'x' is a complex64"),
+        (Tensor, "'x' is a type"),
+    ],
+)
+def test_what_json_cannot_hold_is_named(tmp_path, value, given):
+    with (
+        records.Recorder(tmp_path) as recorder,
+        pytest.raises(InputError, match=f"^a record's {given}, it must be .*, which JSON can hold$"),
+    ):
+        recorder.write(train(1) | {"x": value})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
 def test_series(tmp_path):
@@ -144,7 +170,7 @@ def test_summary_and_config(tmp_path):
 
 def test_a_summary_that_cannot_be_written_leaves_the_old_one(tmp_path):
     records.write_summary(tmp_path, {"state": "finished"})
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match=r"^the summary's 'state' is a object, it must be a number"):
         records.write_summary(tmp_path, {"state": object()})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"state": "finished"}
 

@@ -18,7 +18,7 @@ from cllm.schedules import ScheduleConfig
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = (ROOT / "docs" / "schedules.md").read_text(encoding="utf-8")
 
-# A value for each key that has no default, so that every schedule can be made by its name.
+# A value for each key that the run's length would give, and what "join" needs.
 NEEDED = {
     "cosine_restarts": {"cycle_steps": 7},
     "step": {"step_size": 5},
@@ -27,7 +27,7 @@ NEEDED = {
     "join": {"names": ("constant", "cosine"), "boundaries": (100,)},
 }
 ENDING = ("linear", "cosine", "cosine_restarts", "wsd")  # with min_lr at max_steps - 1
-UNENDING = ("constant", "step", "multi_step", "exponential", "inverse_sqrt")
+UNENDING = ("constant", "warmup", "step", "multi_step", "exponential", "inverse_sqrt")
 
 
 def rates(function, n, **arguments):
@@ -377,6 +377,8 @@ def test_shared_steps():
     assert shared("wsd", decay_steps=200) == 1000 - 200
     assert shared("wsd", decay_share=0.5) == 1000 - 500
     assert shared("one_cycle") == 1
+    # What follows from the run's length is not shared, if it was left out.
+    assert shared("exponential") == 100 and shared("step") == 99 + math.ceil((1000 - 99) / 3)
     # Cycles begin at 99, 399 and 699, which goes on to 999: it ends there anyway, but at min_lr.
     assert shared("cosine_restarts", cycle_steps=300) == 999
     assert shared("join", names=["constant", "cosine"], boundaries=[600]) == 601
@@ -391,6 +393,38 @@ def test_at_follows_the_config():
     chosen = ScheduleConfig(name="constant", warmup_steps=10)
     assert schedules.at(chosen, 30, 0.5, 60) == 0.5
     assert ScheduleConfig() == ScheduleConfig("cosine", 100, 1e-4)
+
+
+def test_what_is_left_out_follows_from_the_runs_length():
+    def falls(name, max_steps, **keys):
+        """The steps at which the rate is lower than before, and the last rate."""
+        chosen = ScheduleConfig(name, **keys)
+        found = [schedules.at(chosen, step, 0.5, max_steps) for step in range(max_steps)]
+        return [n for n, (a, b) in enumerate(itertools.pairwise(found), 1) if b < a], found[-1]
+
+    for warmup_steps, max_steps in itertools.product((0, 1, 7), (1, 2, 3, 8, 9, 10, 300, 301, 302)):
+        keys = {"warmup_steps": warmup_steps, "min_lr": 0.0}
+        start = max(warmup_steps - 1, 0)
+        steps, _ = falls("step", max_steps, **keys)
+        third = max(math.ceil((max_steps - start) / 3), 1)
+        assert steps == [n for n in (start + third, start + 2 * third) if n < max_steps]
+        steps, _ = falls("multi_step", max_steps, **keys)
+        milestones = sorted({max_steps // 2, 3 * max_steps // 4})
+        assert steps == [n for n in milestones if n >= max(warmup_steps, 1)]
+        if max_steps > start + 1:
+            assert falls("exponential", max_steps, **keys)[1] == pytest.approx(0.005)
+            assert falls("exponential", max_steps, **keys | {"min_lr": 0.1})[1] == pytest.approx(0.1)
+    assert falls("step", 300, warmup_steps=0, min_lr=0.0)[1] == pytest.approx(0.5 * 0.1**2)
+    assert falls("step", 300, warmup_steps=0, min_lr=0.0, gamma=0.5)[1] == 0.125
+    for cycle_mult, restart in ((1, 150), (2, 100)):
+        chosen = ScheduleConfig("cosine_restarts", 0, 0.1, cycle_mult=cycle_mult)
+        found = [schedules.at(chosen, step, 0.5, 301) for step in range(301)]
+        assert [n for n, (a, b) in enumerate(itertools.pairwise(found), 1) if b > a] == [restart]
+        assert found[restart] == 0.5 and found[300] == 0.1
+    # In a join each part follows from its own length, and has its own gamma.
+    chosen = ScheduleConfig("join", 0, 0.0, names=["step", "exponential"], boundaries=[30])
+    found = [schedules.at(chosen, step, 0.5, 60) for step in range(60)]
+    assert found[9:11] == [0.5, 0.05] and found[30] == 0.5 and found[59] == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize("name", [name for name in schedules.NAMES if name != "join"])
@@ -429,15 +463,17 @@ def test_a_join_takes_what_its_parts_take():
     assert set(schedules.arguments("join", ["constant"])) == {"names", "boundaries", "warmup_steps"}
     taken = schedules.arguments("join", ["one_cycle", "step", "exponential"])
     assert "warmup_steps" not in taken and {"pct_start", "step_size", "min_lr"} <= set(taken)
-    assert taken["gamma"] is schedules.REQUIRED  # of exponential; step has a default
-    assert schedules.arguments("join", ["exponential", "step"])["gamma"] is schedules.REQUIRED
+    assert taken["gamma"] is None  # each part's own
+    assert schedules.arguments("join", ["exponential", "step"])["gamma"] is None
+    assert schedules.arguments("join", ["multi_step", "step"])["gamma"] == 0.1
     chosen = ScheduleConfig("join", names=["one_cycle", "linear"], boundaries=[50])
     assert schedules.at(chosen, 50, 0.5, 80) == 0.5
 
 
 def test_config_to_toml_and_back():
-    for name in schedules.NAMES:
-        section = {"name": name, **NEEDED.get(name, {})}
+    sections = [{"name": name, **NEEDED.get(name, {})} for name in schedules.NAMES]
+    for section in sections + [{"name": name} for name in schedules.NAMES[:-1]]:
+        name = section["name"]
         chosen = config.from_dict({"schedule": section})
         nested = tomllib.loads(config.to_toml(config.to_dict(chosen)))
         assert config.from_dict(nested) == chosen
@@ -458,7 +494,10 @@ def test_every_schedule_can_be_swept(tmp_path, text_file):
         warmup_steps = 10
         min_lr = 0.0
         [[space]]
-        "schedule.name" = ["cosine", "constant", "linear", "inverse_sqrt", "wsd", "one_cycle"]
+        "schedule.name" = [
+            "cosine", "constant", "linear", "inverse_sqrt", "wsd", "one_cycle", "warmup", "step",
+            "multi_step", "exponential", "cosine_restarts",
+        ]
         [[space]]
         "schedule.name" = "step"
         "schedule.step_size" = [100, 200]
@@ -480,13 +519,14 @@ def test_every_schedule_can_be_swept(tmp_path, text_file):
     )
     plan = sweep.Sweep.load(path)
     found = [plan.trial_config(trial).schedule for trial in plan.trials()]
-    assert len(found) == 6 + 2 + 2 + 2 + 2 + 4
+    assert len(found) == 11 + 2 + 2 + 2 + 2 + 4
     assert {chosen.name for chosen in found} == set(schedules.NAMES)
-    assert found[7].step_size == 200 and found[8].milestones == (100, 150)
+    assert found[12].step_size == 200 and found[13].milestones == (100, 150)
     assert plan.notices == [
         'schedule.min_lr of the base is left out where schedule.name is "constant"',
         'schedule.min_lr of the base is left out where schedule.name is "one_cycle"',
         'schedule.warmup_steps of the base is left out where schedule.name is "one_cycle"',
+        'schedule.min_lr of the base is left out where schedule.name is "warmup"',
         'schedule.warmup_steps of the base is left out where schedule.name is "join"',
     ]
 
@@ -561,7 +601,7 @@ def _config(**keys):
             _config(name="one_cycle", warmup_steps=3),
             "^warmup_steps is not an argument of one_cycle, which takes pct_start, anneal_strategy, ",
         ),
-        (_config(name="step"), "^step_size is missing, step needs it$"),
+        (_config(name="step", step_size=0), "^step_size is 0, it must be an integer of at least 1$"),
         (_config(name="step", step_size=3, gamma=2.0), r"^gamma is 2\.0, it must be a number in \(0, 1\]$"),
         (_config(name="wsd", decay_steps=3, decay_share=0.1), "^decay_share is given along with decay_steps"),
         (_config(name="join"), "^names is missing, join needs it$"),

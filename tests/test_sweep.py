@@ -223,6 +223,34 @@ def test_a_metric_can_be_the_objective(write, tmp_path):
     assert summary["settings"][0]["mean"] == best > 0
 
 
+def test_users_files_are_found_beside_the_sweep_and_its_base(write, tmp_path, monkeypatch):
+    (tmp_path / "my.py").write_text("def build(config, a=1): ...\ndef other(config, a=2): ...\n")
+    path = write("""
+        [sweep]
+        objective = "val.x"
+        [[space]]
+        "task.build" = ["my.py:build", "my.py:other"]
+        [[space]]
+        "task.a,task.build" = [[3, "my.py:other"]]
+    """, base="")
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    plan = sweep.Sweep.load(path)
+    mine = f"{tmp_path.name}/my.py"
+    assert [plan.trial_config(trial).task.build for trial in plan.trials()[::3]] == [
+        f"{mine}:build", f"{mine}:other", f"{mine}:other"
+    ]  # fmt: skip
+    assert mine in str(plan.resolved()["space"])
+    path.write_text(path.read_text() + '\n[base.task]\nbuild = "none.py:f"\n')
+    sweep.Sweep.load(path)  # no setting has the base's
+    path.write_text('[sweep]\nbase = "base.toml"\n[[space]]\n"task.a" = [1, 2]\n')
+    (tmp_path / "base.toml").write_text('[task]\nbuild = "my.py:build"\n')
+    assert sweep.Sweep.load(path).base["task"]["build"] == f"{mine}:build"
+    (tmp_path / "base.toml").write_text('[task]\nbuild = "none.py:build"\n')
+    with pytest.raises(InputError, match=r"names none.py, which is neither .* nor beside .*base.toml"):
+        sweep.Sweep.load(path)
+
+
 def test_bad_overrides_and_missing_files(write, tmp_path):
     with pytest.raises(InputError, match=r"train\.max_steps is not a key of a sweep"):
         sweep.Sweep.load(write(), {"train.max_steps": 3})

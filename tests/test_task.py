@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cllm
-from cllm import checkpoint, cli, figures, metrics, nn, records, train
+from cllm import checkpoint, cli, figures, metrics, nn, progress, records, train
 from cllm import config as configs
 from cllm.data import Examples
 from cllm.data.batch import feed, order
@@ -211,6 +212,7 @@ class Wrong(Examples):
         ({"loss": "mse"}, "loss is 'mse', it must be a function"),
         ({"metrics": {"loss": len}}, 'a metric is named "loss", which a record holds already'),
         ({"metrics": {"acc": metrics.Accuracy}}, "'acc' is the class Accuracy, give an object of it"),
+        ({"metrics": {"tokens": len}}, 'a metric is named "tokens"'),
         ({"metrics": {"acc": 3}}, "'acc' is a int, it must be a function"),
     ],
 )
@@ -274,6 +276,27 @@ def test_any_split_into_micro_batches_trains_the_same(folder, batch_size, grad_a
     weights = [train.load(name)[0].state_dict() for name in ("whole", "split")]
     for name, array in weights[0].items():
         np.testing.assert_allclose(array, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [np.ones(3), np.array([3]), None, "x", float("nan"), -1, [3], {}])
+def test_a_count_that_is_none_is_one_sentence(count):
+    """The same for a task's loss and for a function's metric."""
+    model = nn.Linear(3, 2)
+    data = Examples(np.ones((4, 3), np.float32), np.zeros(4, int))
+    message = r"^the task's loss returned a Tensor \(\) and .*, it must return a Tensor of one sum and a c"
+    with pytest.raises(InputError, match=message):
+        cllm.evaluate(model, data, loss=lambda model, batch: (model(batch.inputs).sum(), count))
+    with pytest.raises(InputError, match=r"^<lambda> returned .*, it must return \(sum, count\): two num"):
+        metrics.Mean(lambda outputs, batch: (1.0, count)).update(np.ones(4), np.ones(4))
+
+
+def test_counts_may_be_numbers_of_any_kind():
+    for count in (3, 3.0, np.int32(3), np.array(3), cllm.Tensor(np.array(3.0))):
+        mean = metrics.Mean(lambda outputs, batch, count=count: (6, count))
+        mean.update(np.ones(4), np.ones(4))
+        assert mean.compute() == 2.0
+        found = cllm.task.checked_loss((cllm.Tensor(np.array(6.0)), count))
+        assert found[1] == 3 and type(found[1]) is float
 
 
 def test_a_step_that_counts_nothing_has_loss_0_and_no_gradient(tmp_path):
@@ -343,6 +366,18 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size):
     assert cllm.evaluate(model, data, batch_size, metrics=measured) == pytest.approx(whole, rel=1e-6)
     own = cllm.evaluate(model, data, batch_size, loss=squares)
     assert own == pytest.approx({"loss": (model(data.all.inputs).data ** 2).mean(), "tokens": 300}, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_masked_targets_of_any_integer_type(dtype):
+    """-100 is no class of them, though uint8 has 156 and uint16 65436."""
+    data = cells()
+    batch = cllm.Batch(data.all.inputs, data.all.targets.astype(dtype), data.all.mask)
+    for model in (tiny_gpt(), nn.Embedding(5, 200)):
+        loss, count = language_loss(model, batch)
+        each, _ = language_loss(model, cllm.Batch(data.all.inputs, data.all.targets), "none")
+        assert count == data.all.mask.sum()
+        assert loss.item() == pytest.approx(each.data[data.all.mask].sum(), rel=1e-5)
 
 
 def test_a_streaming_metric_is_given_what_counts():
@@ -454,6 +489,63 @@ def test_what_build_returns_is_checked(folder):
     with pytest.raises(InputError, match=r"my.py:build returned a int, it must return a cllm.Task"):
         fit("run")
     assert not Path("run").exists()
+
+
+def test_a_model_that_comes_in_eval_mode_is_trained_in_train_mode(tmp_path):
+    first = []
+    for mode in (True, False):
+        config = cllm.GPTConfig(vocab_size=5, block_size=3, n_layer=1, n_head=1, n_embd=8, dropout=0.5)
+        model = cllm.GPT(config, seed=1)
+        model.train(mode)
+        fit(tmp_path / f"{mode}", task=Task(model, cells()))
+        first.append(untimed(tmp_path / f"{mode}"))
+    assert first[0] == first[1] and model.training
+
+
+def test_a_run_leaves_nothing_behind_in_a_users_file(folder):
+    """Its variables are new in each run of a process, and the same for all that the run takes from it."""
+    (folder / "my.py").write_text(MINE + """
+generator = np.random.default_rng(0)
+layer = nn.Linear(3, 2)
+made = []
+
+class Mine(cllm.optim.SGD):
+    def step(self):
+        assert made == [1]
+        super().step()
+
+def random(config):
+    made.append(1)
+    task = build(config)
+    task.model = layer
+    task.model.weight.data += generator.standard_normal((2, 3)).astype(np.float32)
+    return task
+""")
+    for name in "ab":
+        fit(name, task__build="my.py:random", optim__name="my.py:Mine")
+    with pytest.raises(Killed):
+        fit("c", [kill_at(12)], task__build="my.py:random", optim__name="my.py:Mine")
+    train.resume("c", progress=Silent())
+    assert untimed("a") == untimed("b") == untimed("c")
+
+
+def test_the_speed_is_in_examples(folder, monkeypatch):
+    monkeypatch.setattr(train, "perf_counter", itertools.count().__next__)
+    fit("run", train__grad_accum=2, train__threads=1)
+    found = [r for r in records.Run("run").records if r["split"] == "train"]
+    assert {r["examples_per_s"] for r in found} == {16} and not any("tokens_per_s" in r for r in found)
+    with pytest.raises(InputError, match='a metric is named "examples_per_s"'):
+        Task(nn.Linear(3, 2), cells(), metrics={"examples_per_s": len})
+    assert progress._speed(found[0], "examples") == ["16 examples/s"]
+    assert len(progress._figures(found[0], 4)) == 2  # loss and smooth
+
+
+def test_samples_need_a_models_block_size(tmp_path):
+    task = Task(nn.Linear(3, 2), cells(), tokenizer=object())
+    message = r"^train.sample_interval is 5, but the task's model has no config.block_size$"
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path / "run", task=task, **{"train.sample_interval": 5})
+    assert not (tmp_path / "run").exists()
 
 
 # Kill and resume -----------------------------------------------------------------------------------------
@@ -653,6 +745,55 @@ def test_a_loop_that_restores_nothing_starts_again(loop_file):
     assert untimed("run") == untimed("unstopped")
 
 
+def test_a_loop_that_restores_nothing_leaves_nothing_of_the_process_before(loop_file):
+    loop_file.write_text(LOOP.replace("found = run.restore()", "found = None"))
+    with pytest.raises(RuntimeError):
+        loop("run", task__fail_at=7).fit()
+    assert checkpoint.newest("run").name == "step-00000006"
+    text = Path("run/config.toml").read_text()
+    Path("run/config.toml").write_text(text.replace("fail_at = 7", "fail_at = 2"))
+    with pytest.raises(RuntimeError):
+        train.resume("run", progress=Silent())
+    assert checkpoint.newest("run") is None
+    summary = records.Run("run").summary
+    assert (summary["step"], summary["best"], summary["val_loss"]) == (2, None, None)
+    assert [r["step"] for r in untimed("run")] == [1, 2]
+
+
+def test_a_loop_that_only_saves_starts_again_too(loop_file):
+    loop_file.write_text("""
+import numpy as np
+def train(config, run, first=9):
+    run.save(first, {"x": np.zeros(2)})
+    assert first == 1
+""")
+    with pytest.raises(AssertionError):
+        loop("run").fit()
+    text = Path("run/config.toml").read_text()
+    Path("run/config.toml").write_text(text.replace("first = 9", "first = 1"))
+    assert train.resume("run", progress=Silent())["step"] == 1
+    assert checkpoint.newest("run").name == "step-00000001"
+
+
+def test_a_loops_seed_is_its_randomness(loop_file):
+    """Whatever ran in the process before."""
+    loop_file.write_text("""
+import numpy as np
+from cllm import Tensor, nn
+from cllm import functional as F
+before = nn.Linear(3, 2)
+def train(config, run):
+    layer = nn.Linear(3, 2)
+    dropped = F.dropout(Tensor(np.ones(64, np.float32)), 0.5)
+    run.log(0, "val", a=before.weight.data.sum(), b=layer.weight.data.sum(), c=dropped.data @ np.arange(64))
+""")
+    for name, seed in (("a", 1), ("b", 2), ("c", 1)):
+        loop(name, train__seed=seed).fit()
+    assert untimed("a") == untimed("c")
+    one, two = untimed("a")[0], untimed("b")[0]
+    assert all(one[key] != two[key] for key in "abc")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -661,7 +802,9 @@ def test_a_loop_that_restores_nothing_starts_again(loop_file):
         ("run.log(1, 'a.b', loss=1.0)", "split is 'a.b', it must be a word without a dot"),
         ("run.log(1, 'train', loss='x')", "loss is a str, it must be one number"),
         ("run.log(1, 'train', loss=[1.0, 2.0])", "loss is a list, it must be one number"),
-        ("run.log(1, 'train', loss=1.0); run.restore()", "something was logged or saved before, restore first"),
+        ("run.log(1, 'train', loss=[1.0, [2.0]])", "loss is a list, it must be one number"),
+        ("import cllm; run.log(1, 'train', loss=cllm.Tensor([1.0, 2]))", "loss is a Tensor, it must be one"),
+        ("run.log(1, 'train', loss=1.0); run.restore()", "something was logged or saved before"),
         ("run.save(1, {'x': 'y'})", "'x' is a str, it must be an array of numbers"),
         ("run.save(1, {}, {1, 2})", "state must be of JSON values"),
         ("run.save(1.5, {})", "step is 1.5"),
@@ -678,10 +821,11 @@ def test_a_loops_numbers(loop_file):
     """NaN, NumPy's numbers, a best that follows the first split until there is "val"."""
     loop_file.write_text("""
 import numpy as np
+import cllm
 def train(config, run):
     run.log(0, "other", loss=np.float32(0.5))
     run.save(0, {"x": np.zeros(2)})
-    run.log(1, "train", loss=float("nan"), n=np.int64(3))
+    run.log(1, "train", loss=float("nan"), n=np.int64(3), x=cllm.Tensor([0.5]))
     run.log(1, "val", loss=4.0)
     run.save(1, {"x": np.zeros(2)})
     run.log(2, "val", loss=float("nan"))
@@ -693,6 +837,7 @@ def train(config, run):
     assert summary["best"] == {"step": 1, "val_loss": 4.0}
     assert checkpoint.best("run").name == "step-00000001"
     assert records.Run("run").series("train", "n")[1].tolist() == [3]
+    assert records.Run("run").series("train", "x")[1].tolist() == [0.5]
     assert np.isnan(records.Run("run").series("val", "loss")[1]).tolist() == [False, True, False]
     assert {path.name for path in figures.for_directory("run")} >= {"loss_curves.png"}
 
@@ -702,6 +847,13 @@ def test_callbacks_have_no_place_in_a_loop(loop_file):
     trainer.given_callbacks = (print,)
     with pytest.raises(InputError, match=r"task.run is a loop of its own, which calls none"):
         trainer.fit()
+    trainer.given_callbacks = ()
+    trainer.fit()
+    longer = {"train.max_steps": 12}
+    with pytest.raises(InputError, match=r"task.run is a loop of its own, which calls none"):
+        train.resume("run", longer, callbacks=[print])
+    with pytest.raises(InputError, match=r"task is given, but task.run is a loop of its own"):
+        train.resume("run", longer, task=Task(nn.Linear(3, 2), cells()))
 
 
 # The command line ------------------------------------------------------------------------------------------
@@ -800,6 +952,35 @@ def test_an_objective_that_no_task_records_is_told_after_the_first_trial(folder,
     (folder / "sweep.toml").write_text(SWEEP.format(objective="other.near"))
     status, out, err = run_cllm(capsys, "sweep", "sweep.toml", "--run.dir", "s")  # judged anew, not trained
     assert status == 0 and "other.near" in Path("s/results.csv").read_text()
+
+
+def test_a_sweep_goes_on_when_the_users_file_is_mended(folder, capsys):
+    """Where nothing was trained with the old one, not even to a checkpoint; its arguments may change, too."""
+    (folder / "sweep.toml").write_text(SWEEP.format(objective="val.near"))
+    (folder / "my.py").write_text(MINE.replace("    d = (model", "    1 / 0\n    d = (model"))
+    words = ["sweep", "sweep.toml", "--run.dir", "s", "--workers", "1"]
+    run_cllm(capsys, *words)
+    assert records.Run("s/trials/s000-seed0").state == "failed"
+    (folder / "my.py").write_text(MINE.replace('name="line"', "slope=1.0"))
+    status, _, err = run_cllm(capsys, *words)
+    assert (status, err) == (0, "")
+    found = records.load("s")
+    assert [run.state for run in found] == ["finished"] * 4
+    assert all(run.config["task.slope"] == 1.0 and "task.name" not in run.config for run in found)
+
+
+def test_a_trial_with_a_checkpoint_refuses_another_file(folder, capsys):
+    text = SWEEP.format(objective="val.near").replace("[base.train]", "[base.train]\ncheckpoint_interval = 2")
+    (folder / "sweep.toml").write_text(text)
+    bad = MINE.replace("def __call__(self, trainer, record):", """def __call__(self, trainer, record):
+        assert trainer.step < 5""")
+    (folder / "my.py").write_text(bad)
+    words = ["sweep", "sweep.toml", "--run.dir", "s", "--workers", "1"]
+    run_cllm(capsys, *words)
+    assert checkpoint.newest("s/trials/s000-seed0").name == "step-00000004"
+    (folder / "my.py").write_text(MINE)
+    status, _, err = run_cllm(capsys, *words)
+    assert status == 2 and "my.py has changed since s000-seed0 was trained with it" in err
 
 
 def test_a_sweep_of_a_loop(loop_file, capsys):

@@ -60,6 +60,9 @@ OPERATIONS = {
     "clamp": (lambda x: x.clamp(-0.5, 1.0), [(5, 6)]),
     "clamp low": (lambda x: x.clamp(min=0.1), [(5, 6)]),
     "clamp high": (lambda x: x.clamp(max=0.1), [(5, 6)]),
+    "clamp tensors": (lambda x, y, z: x.clamp(y, z), [(5, 6), (6,), (5, 1)]),
+    "clamp tensor low": (lambda x, y: x.clamp(min=y), [(5, 6), (5, 6)]),
+    "clamp tensor high": (lambda x, y: x.clamp(max=y), [(6,), (5, 6)]),
     "softmax": (lambda x: x.softmax(dim=-1), [(3, 4)]),
     "softmax first": (lambda x: x.softmax(0), [(3, 4)]),
     "log_softmax": (lambda x: x.log_softmax(dim=1), [(3, 4, 2)]),
@@ -70,6 +73,8 @@ OPERATIONS = {
     "max": (lambda x: x.max(), [(3, 4)]),
     "max dim": (lambda x: x.max(dim=1)[0], [(3, 4)]),
     "max keepdim": (lambda x: x.max(0, keepdim=True).values, [(3, 4)]),
+    "max of two": (lambda x, y: x.max(y), [(3, 4), (4,)]),
+    "min of two": (lambda x, y: x.min(other=y), [(3, 1), (3, 4)]),
     "min": (lambda x: x.min(), [(3, 4)]),
     "min dim": (lambda x: x.min(-1).values, [(3, 4)]),
     "var": (lambda x: x.var(), [(3, 4)]),
@@ -79,6 +84,19 @@ OPERATIONS = {
     "cumsum": (lambda x: x.cumsum(1), [(3, 4)]),
     "reshape": (lambda x: x.reshape(2, -1) * 2, [(3, 4)]),
     "view": (lambda x: x.view((4, 3)), [(3, 4)]),
+    "reshape shape": (lambda x: x.reshape(shape=(2, 6)), [(3, 4)]),
+    "view size": (lambda x: x.view(size=(2, 6)), [(3, 4)]),
+    "permute dims": (lambda x: x.permute(dims=(2, 0, 1)), [(2, 3, 4)]),
+    "expand size": (lambda x: x.expand(size=(2, 3, 4)), [(3, 1)]),
+    "split size": (lambda x: x.split(split_size=3, dim=1)[0], [(2, 7)]),
+    "0-d sum": (lambda x: x.sum(0), [()]),
+    "0-d mean": (lambda x: x.mean(-1, keepdim=True), [()]),
+    "0-d max": (lambda x: x.max(0).values, [()]),
+    "0-d min": (lambda x: x.min(-1, keepdim=True).values, [()]),
+    "0-d cumsum": (lambda x: x.cumsum(0), [()]),
+    "0-d squeeze": (lambda x: x.squeeze(-1), [()]),
+    "0-d softmax": (lambda x: x.softmax(0), [()]),
+    "0-d log_softmax": (lambda x: x.log_softmax(-1), [()]),
     "flatten": (lambda x: x.flatten(1), [(2, 3, 4)]),
     "contiguous": (lambda x: x.transpose(0, 1).contiguous().view(-1), [(3, 4)]),
     "permute": (lambda x: x.permute(2, 0, 1), [(2, 3, 4)]),
@@ -212,6 +230,11 @@ TIES = np.array([[1.0, 3.0, 3.0], [0.0, -1.0, 3.0], [-2.0, -2.0, 0.0]])
         lambda x: x.abs(),
         lambda x: x.clamp(-1.0, 3.0),
         lambda x: x.clamp(min=0.0),
+        lambda x: x.clamp(x * 1, x.max()),
+        lambda x: x.clamp(x[0], x[2]),
+        lambda x: x.max(x.T),
+        lambda x: x.min(x[0]),
+        lambda x: x.max((x - 3).log()),
         lambda x: x.sqrt(),
         lambda x: x.log(),
         lambda x: 1 / x,
@@ -231,6 +254,18 @@ def test_ties_and_edges_are_torchs(function, recwarn):
     np.testing.assert_allclose(y.data, z.detach().numpy(), rtol=1e-12)
     np.testing.assert_allclose(ours[0].grad, theirs[0].grad.numpy(), rtol=1e-12)
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_argmax_and_dtype_are_torchs():
+    torch = pytest.importorskip("torch")
+    x, t = Tensor(TIES.astype(np.float32)), torch.tensor(TIES.astype(np.float32))
+    for options in ({}, {"dim": 1}, {"dim": -2, "keepdim": True}, {"keepdim": True}):
+        np.testing.assert_array_equal(x.argmax(**options), t.argmax(**options).numpy())
+    for dim in (None, 0, -1):
+        assert Tensor(2.0).argmax(dim, keepdim=True).shape == torch.tensor(2.0).argmax(dim, True).shape == ()
+    assert x.sum(dtype=np.float64).dtype == x.mean(0, dtype=np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="out of bounds"):
+        Tensor(2.0).argmax(1)
 
 
 def test_indices_of_max_are_of_the_first():
@@ -378,6 +413,9 @@ def test_lists_and_numbers_become_float32_and_arrays_are_not_copied():
         (lambda x: x.masked_fill(np.ones((2, 3)), 0.0), TypeError, "must be boolean"),
         (lambda x: tensor.where(x > 0, 1.0, 2.0), TypeError, "numpy.where"),
         (lambda x: x.clamp(), ValueError, "at least one"),
+        (lambda x: x.max(other="a"), TypeError, "got str, it must be a Tensor or an array"),
+        (lambda x: x.sum().sum(1), IndexError, "out of bounds"),
+        (lambda x: x.sum().max(1), IndexError, "out of bounds"),
         (lambda x: x.gather(0, np.array([[0.5]])), TypeError, "integer array"),
         (lambda x: x.gather(0, np.array([0])), ValueError, r"the index is \(1,\)"),
         (lambda x: x[np.array([0.5])], TypeError, "index of a tensor"),
@@ -496,6 +534,18 @@ def test_a_second_backward_raises_and_leaves_gradients_alone():
     assert x.grad.tolist() == grad.tolist()
 
 
+def test_a_retained_graph_may_be_run_again():
+    x = Tensor(np.array([1.0, 2.0, 3.0]), requires_grad=True)
+    a, b = x.split([1, 2])
+    y = (a * b * b).sum() + (x * x).softmax(0)[0]
+    y.backward(retain_graph=True)
+    once = x.grad.copy()
+    y.backward()
+    np.testing.assert_allclose(x.grad, 2 * once, rtol=1e-14)
+    with pytest.raises(RuntimeError, match="freed by an earlier"):
+        y.backward()
+
+
 def test_backward_needs_a_scalar_or_a_gradient():
     x = Tensor(np.ones((2, 1)), requires_grad=True)
     with pytest.raises(RuntimeError, match="needs the gradient"):
@@ -519,6 +569,14 @@ def test_a_chain_of_ten_thousand_operations():
     for _ in range(100_000):
         y = y * 1.0
     del y  # freeing it must not recurse either
+
+
+def test_enable_grad():
+    x = Tensor(np.ones(2), requires_grad=True)
+    with tensor.no_grad():
+        with tensor.enable_grad():
+            assert (x * 2).requires_grad
+        assert not (x * 2).requires_grad
 
 
 def test_no_grad():

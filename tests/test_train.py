@@ -16,6 +16,7 @@ from cllm import config as configs
 from cllm import data, kernels, optim, progress, records, rng, schedules, train
 from cllm.errors import InputError
 from cllm.progress import Silent
+from cllm.tensor import Tensor
 from cllm.train import Trainer, evaluate, load, resume
 
 SENTENCE = "to be or not that is the question whether nobler in mind suffer slings and arrows"
@@ -134,6 +135,24 @@ def test_evaluation_is_the_mean_over_the_whole_split(tmp_path, text_path):
     assert summary["val_loss"] == evaluate(model, text.val)["loss"]
     assert evaluate(model, text.val)["tokens"] == len(tokens) - 1
     assert evaluate(model, text.val, batch_size=3)["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_leaves_the_models_mode_as_it_was(text_path, mode):
+    text = data.load(text_path)
+    config = cllm.GPTConfig(vocab_size=text.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    model = cllm.GPT(config, seed=1)
+    model.train(mode)
+    evaluate(model, text.val)
+    assert model.training is mode and {module.training for module in model.modules()} == {mode}
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "full"])
+def test_evaluations_batch_size_is_a_positive_integer(text_path, batch_size):
+    text = data.load(text_path)
+    config = cllm.GPTConfig(vocab_size=text.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    with pytest.raises(InputError, match=rf"^batch_size is {batch_size!r}, it must be an integer of at"):
+        evaluate(cllm.GPT(config, seed=1), text.val, batch_size)
 
 
 def test_best_checkpoint_is_kept(tmp_path, text_path):
@@ -261,6 +280,17 @@ def test_callbacks_add_keys_and_stop(tmp_path, text_path):
     assert all(r["seen"] == r["step"] for r in lines)
     assert lines[-1]["split"] == "val" and lines[-1]["step"] == 12
     assert (tmp_path / "run" / "checkpoints" / "step-00000012").is_dir()
+
+
+def test_what_callbacks_add_may_be_a_tensor_or_is_named(tmp_path, text_path, capsys):
+    def callback(trainer, record):
+        record["x"] = Tensor(trainer.step / 2) if trainer.step < 12 else {"a", "b"}
+
+    with pytest.raises(InputError, match=r"^a record's 'x' is a set, it must be .* JSON can hold$"):
+        Trainer(tiny(text_path, tmp_path / "run"), callbacks=[callback], progress=progress.Lines()).fit()
+    found = [r["x"] for r in untimed(tmp_path / "run") if r["split"] == "train"]
+    assert found == [n / 2 for n in range(1, 12)]
+    assert "x 5.0000" in capsys.readouterr().out
 
 
 # The same bits ---------------------------------------------------------------------------------------
@@ -442,6 +472,21 @@ def test_used_directory_is_refused(tmp_path, text_path):
 def test_bad_arguments_are_refused(text_path, tmp_path):
     with pytest.raises(InputError, match=r"task is a object, it must be a cllm.Task"):
         Trainer(tiny(text_path, tmp_path / "run"), task=object())
+    config = tiny(text_path, tmp_path / "run")
+    for callbacks, message in (
+        (3, r"^callbacks is a int, it must be a list of functions: callbacks=\[f\]$"),
+        (print, r"^callbacks is a builtin_function_or_method, it must be a list"),
+        ([3], r"^callbacks has 3, each must be a function f\(trainer, record\)$"),
+        ([Silent], r"^callbacks has the class Silent, give an object of it$"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Trainer(config, callbacks=callbacks)
+    with pytest.raises(InputError, match=r"^config is a NoneType, it must be a cllm.Config, a dict"):
+        Trainer(None)
+    assert Trainer({"run": {"dir": "x"}, "optim.lr": 0.5}).config == configs.load(
+        None, {"run.dir": "x", "optim.lr": 0.5}
+    )
+    assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"train\.threads is 100000, it must be at most 1024"):
         tiny(text_path, tmp_path / "run", train__threads=100000)
 

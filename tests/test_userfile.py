@@ -1,4 +1,4 @@
-"""Things named "file.py:name": found, run once for each content, refused when changed."""
+"""Things named "file.py:name": found, run once until forgotten, refused when changed."""
 
 import dataclasses
 import hashlib
@@ -42,6 +42,26 @@ def test_a_file_is_run_once_for_each_content(mine):
     mine.write_text(MINE.replace("= 1", "= 2"))
     assert userfile.load("my.py:Pair", "task.build")().a == 2
     assert userfile.load("my.py:runs", "task.build") == 2
+    userfile.forget()
+    assert userfile.load("my.py:runs", "task.build") == 3
+    assert userfile.load("my.py:Pair", "task.build") is userfile.load("my.py:Pair", "optim.name")
+
+
+def test_a_config_files_reference_is_looked_for_beside_it(mine, monkeypatch):
+    folder, config_file = mine.parent, mine.parent / "a.toml"
+    assert userfile.beside("my.py:Pair", "task.build", "elsewhere/a.toml") == "my.py:Pair"
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    assert userfile.beside("my.py:Pair", "task.build", "../a.toml") == "../my.py:Pair"
+    assert userfile.beside("my.py:Pair", "task.build", config_file) == f"{mine}:Pair"
+    assert userfile.beside(f"{mine}:Pair", "task.build", "a.toml") == f"{mine}:Pair"
+    monkeypatch.chdir(folder.parent)
+    assert userfile.beside("my.py:Pair", "task.build", config_file) == f"{folder.name}/my.py:Pair"
+    message = rf"names none.py, which is neither in the .*, {folder.parent}, nor beside {config_file}"
+    with pytest.raises(InputError, match=message):
+        userfile.beside("none.py:f", "task.build", config_file)
+    with pytest.raises(InputError, match=r"it must be FILE\.py:NAME"):
+        userfile.beside("my.py:", "task.build", config_file)
 
 
 def test_digest_is_the_files_sha256(mine):
@@ -90,6 +110,7 @@ def test_copies_are_kept_and_a_change_is_refused_with_the_way_on(mine):
     mine.write_bytes(copy.read_bytes())
     userfile.refuse_changed(files, folder, "runs/a")
     mine.unlink()
+    message = rf"^my.py, with which runs/a was trained, cannot be read \(No such .* directory, {mine.parent};"
     with pytest.raises(InputError, match=message):
         userfile.refuse_changed(files, folder, "runs/a")
 

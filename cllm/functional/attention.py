@@ -217,7 +217,7 @@ def fused_attention(
 
     result = record(out, inputs, backward)
     if result.requires_grad and mask is not None and len(inputs) == 3:
-        # The backward pass reads the mask again, and callers refill theirs. Repeated elements are copied once.
+        # The backward pass reads the mask again, and callers refill theirs. Repeats are copied once.
         mask = np.asarray(mask)
         options["mask"] = mask[tuple(slice(None if step else 1) for step in mask.strides)].copy()
     return result

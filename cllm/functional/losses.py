@@ -350,17 +350,29 @@ def _pair(function, input, target):
     return x, y
 
 
-def _regression(function, input, target, reduction, forward, backward, *constant):
+def _regression(
+    function, input, target, reduction, forward, backward, *constant, weight=None, by_weight=True
+):
+    """by_weight: whether a mean with a weight divides by its sum; otherwise by the number of elements."""
     _check_reduction(function, reduction)
     x, y = _pair(function, input, target)
     a, b = np.broadcast_arrays(x.data, y.data)
     with _input_errors():
         losses = forward(a, b, *constant)
-    out, elements = _reduced(losses, losses.shape, reduction, losses.size)
+    count = losses.size
+    weight = _constant(function, "weight", weight, losses.dtype)
+    if weight is not None:
+        if weight.shape != x.shape:
+            raise InputError(f"{function}: weight is {weight.shape}, it must be input's shape, {x.shape}")
+        losses = losses * weight
+        if by_weight:
+            count = weight.sum(dtype=np.float64)
+    out, elements = _reduced(losses, losses.shape, reduction, count)
     shape_x, shape_y, wanted = x.shape, y.shape, y.requires_grad
 
     def gradients(grad):
-        dx = backward(elements(grad), a, b, *constant)
+        dlosses = elements(grad)
+        dx = backward(dlosses if weight is None else dlosses * weight, a, b, *constant)
         return _unbroadcast(dx, shape_x), _unbroadcast(-dx, shape_y) if wanted else None
 
     return record(out, (x, y), gradients)
@@ -395,7 +407,7 @@ def smooth_l1_loss(input, target, reduction="mean", beta=1.0):
     beta is at least 0; at 0 this is `l1_loss`. Other arguments as `mse_loss`, without its weight.
     """
     with _input_errors():
-        (beta,) = checks.real("smooth_l1_loss", beta=beta)
+        checks.real("smooth_l1_loss", beta=beta)
     if not beta >= 0:
         raise InputError(f"smooth_l1_loss: beta is {beta}, it must be at least 0")
     forward, backward = kernels.smooth_l1_forward, kernels.smooth_l1_backward
@@ -409,7 +421,7 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     a weight, as in torch.
     """
     with _input_errors():
-        (delta,) = checks.real("huber_loss", delta=delta)
+        checks.real("huber_loss", delta=delta)
     if not delta > 0:
         raise InputError(f"huber_loss: delta is {delta}, it must be above 0")
     forward, backward = kernels.huber_forward, kernels.huber_backward

@@ -22,16 +22,16 @@ def _floats(function, name, weight, /, **arrays):
 
 def check_numbers(function, label_smoothing, z_loss):
     """The two as floats; raises when one is out of range."""
-    label_smoothing, z_loss = checks.real(function, label_smoothing=label_smoothing, z_loss=z_loss)
+    numbers = checks.real(function, label_smoothing=label_smoothing, z_loss=z_loss)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{function}: label_smoothing is {label_smoothing}, it must be in [0, 1]")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{function}: z_loss is {z_loss}, it must be at least 0 and finite")
-    return label_smoothing, z_loss
+    return numbers
 
 
 def check_targets(function, name, targets, n_classes, ignore_index, label_smoothing, z_loss):
-    """ignore_index as an int, the other two numbers as floats; raises when they or a target are out of range."""
+    """ignore_index as an int, the other two as floats; raises when one or a target is out of range."""
     label_smoothing, z_loss = check_numbers(function, label_smoothing, z_loss)
     allowed = "in [-2**63, 2**63)"
     ignore_index = checks.whole(function, "ignore_index", ignore_index, -(2**63), 2**63, allowed)
@@ -411,23 +411,28 @@ _SQUARE = (1.0, math.inf, 1.0)
 _ABSOLUTE = (0.0, 0.0, 1.0)
 
 
+def _check_threshold(function, name, value, dtype):
+    """Raise when a finite threshold would be infinite in the arrays' dtype."""
+    if value < math.inf:
+        checks.finite(function, name, value, dtype)
+
+
 def _smooth_l1(function, beta, dtype):
-    (beta,) = checks.real(function, beta=beta)
-    if not beta >= 0:
+    (number,) = checks.real(function, beta=beta)
+    if not number >= 0:
         raise ValueError(f"{function}: beta is {beta}, it must be at least 0")
-    checks.finite(function, "beta", beta, dtype)
+    beta = number
+    _check_threshold(function, "beta", beta, dtype)
     # beta may be so small that its inverse is infinite, which times a difference of 0 would be NaN
     return (min(0.5 / beta, 0.5 * checks.LARGEST[dtype]), beta, 1.0) if beta else _ABSOLUTE
 
 
 def _huber(function, delta, dtype):
-    (delta,) = checks.real(function, delta=delta)
-    if not delta > 0:
+    (number,) = checks.real(function, delta=delta)
+    if not number > 0:
         raise ValueError(f"{function}: delta is {delta}, it must be above 0")
-    checks.finite(function, "delta", delta, dtype)
-    tiny = np.finfo(dtype).tiny
-    if delta < tiny:
-        raise ValueError(f"{function}: delta is {delta}, it must be at least {tiny} in {dtype}")
+    delta = number
+    _check_threshold(function, "delta", delta, dtype)
     return 0.5, delta, delta
 
 
@@ -519,13 +524,15 @@ def huber_forward(input, target, delta=1.0, out=None):
     delta is above 0. Other arguments and errors as `mse_forward`.
     """
     arrays = _elements("huber_forward", input=input, target=target)
-    return _regression_forward("huber_forward", _huber("huber_forward", delta, arrays[0].dtype), arrays, out)
+    constants = _huber("huber_forward", delta, arrays[0].dtype)
+    return _regression_forward("huber_forward", constants, arrays, out)
 
 
 def huber_backward(dlosses, input, target, delta=1.0, out=None):
     """dinput = dloss (input - target), held within dloss [-delta, delta]; the target's is its negative."""
     arrays = _elements("huber_backward", dlosses=dlosses, input=input, target=target)
-    return _regression_backward("huber_backward", _huber("huber_backward", delta, arrays[0].dtype), arrays, out)
+    constants = _huber("huber_backward", delta, arrays[0].dtype)
+    return _regression_backward("huber_backward", constants, arrays, out)
 
 
 # Binary cross-entropy --------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ def _check_norm(function, x, weight, bias):
 
 
 def _check_eps(function, eps):
-    (eps,) = checks.real(function, eps=eps)
-    if not eps >= 0:
+    """eps as a float of at least 0."""
+    (number,) = checks.real(function, eps=eps)
+    if not number >= 0:
         raise ValueError(f"{function}: eps is {eps}, it must be at least 0")
-    return eps
+    return number
 
 
 def layer_norm_forward(x, weight, bias, eps=1e-5, out=None):

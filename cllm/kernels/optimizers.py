@@ -26,12 +26,12 @@ def _updated(function, param, grad, **state):
 def _scalars(function, fractions=(), **values):
     """The values as floats: all finite and not negative, each of `fractions` below 1, and eps above 0."""
     floats = checks.real(function, **values)
-    for name, value in zip(values, floats):
-        if not 0 <= value < np.inf:  # also catches NaN
+    for (name, value), number in zip(values.items(), floats):
+        if not 0 <= number < np.inf:  # also catches NaN
             raise ValueError(f"{function}: {name} is {value}, it must be a finite number of at least 0")
-        if name in fractions and value >= 1:
+        if name in fractions and number >= 1:
             raise ValueError(f"{function}: {name} is {value}, it must be below 1")
-        if name == "eps" and value == 0:  # 0 / 0 where a gradient has always been zero
+        if name == "eps" and number == 0:  # 0 / 0 where a gradient has always been zero
             raise ValueError(f"{function}: eps is {value}, it must be above 0")
     return floats
 
@@ -45,9 +45,9 @@ def _pair(function, name, pair):
 
 def _step(function, step):
     """The step as a float of at least 1."""
-    (step,) = checks.real(function, step=step)
-    checks.require(step >= 1, function, f"step is {step:g}, it must be at least 1")
-    return step
+    (number,) = checks.real(function, step=step)
+    checks.require(number >= 1, function, f"step is {step}, it must be at least 1")
+    return number
 
 
 def _check_eps(function, eps, dtype):
@@ -577,11 +577,11 @@ def clip_(x, limit):
     TypeError, ValueError
         When `x` cannot be changed in place, or for a negative or NaN limit.
     """
-    (limit,) = checks.real("clip_", limit=limit)
-    checks.require(limit >= 0, "clip_", f"limit is {limit}, it must be at least 0")
+    (number,) = checks.real("clip_", limit=limit)
+    checks.require(number >= 0, "clip_", f"limit is {limit}, it must be at least 0")
     (checked,) = checks.floats("clip_", x=x)
     checks.check_out("clip_", x, checked.shape, checked.dtype, (), "x")
-    _optimizers.clip(x, limit, threads.count)
+    _optimizers.clip(x, number, threads.count)
 
 
 def array_statistics(arrays):

@@ -160,7 +160,9 @@ class Module:
         names = {}
         for name, parameter in self._named():
             names.setdefault(id(parameter), (parameter, []))[1].append(name)
-        missing = [aliases[0] for _, aliases in names.values() if not any(name in state_dict for name in aliases)]
+        missing = [
+            aliases[0] for _, aliases in names.values() if not any(name in state_dict for name in aliases)
+        ]
         known = [name for _, aliases in names.values() for name in aliases]
         unexpected = [name for name in state_dict if name not in set(known)]
         problems = []

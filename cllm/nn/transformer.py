@@ -6,6 +6,7 @@ from cllm.functional.elementwise import ACTIVATIONS
 from cllm.nn.attention import MultiHeadAttention
 from cllm.nn.layers import LayerNorm, Linear, RMSNorm
 from cllm.nn.module import Module
+from cllm.tensor import Tensor
 
 
 def norm_of(config):
@@ -79,7 +80,15 @@ class Block(Module):
         """(B, T, C) -> (B, T, C); a LayerCache goes to the attention."""
         options = {} if cache is None else {"cache": cache}
         if self.post_norm:
-            x = self.ln_1(x + self.attn(x, **options))
-            return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), **options)
-        return x + self.mlp(self.ln_2(x))
+            x = self.ln_1(x + _like(x, self.attn(x, **options), self.attn))
+            return self.ln_2(x + _like(x, self.mlp(x), self.mlp))
+        x = x + _like(x, self.attn(self.ln_1(x), **options), self.attn)
+        return x + _like(x, self.mlp(self.ln_2(x)), self.mlp)
+
+
+def _like(x, y, module):
+    """y, which must be a Tensor of x's shape: adding another shape would broadcast without a word."""
+    if isinstance(y, Tensor) and y.shape == x.shape:
+        return y
+    given = f"a Tensor {y.shape}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    raise InputError(f"{type(module).__name__}.forward returned {given}, it must return a Tensor {x.shape}")

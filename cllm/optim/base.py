@@ -204,10 +204,12 @@ class Optimizer:
                 )
         params = group["params"]
         params = [params] if hasattr(params, "grad") else list(params)
-        names = [p[0] for p in params if isinstance(p, tuple) and len(p) == 2]
+        names = [p[0] for p in params if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str)]
         if names:
             if len(names) < len(params):
-                raise InputError(f"{len(names)} of {len(params)} parameters are named, it must be all or none")
+                raise InputError(
+                    f"{len(names)} of {len(params)} parameters are named, it must be all or none"
+                )
             group = {**group, "param_names": names}
             params = [p for _, p in params]
         known = {id(p) for p in self._params()}
