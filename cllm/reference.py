@@ -363,9 +363,9 @@ def attention_forward(
     sequence b stands at position offsets[b] + i (i without offsets), key j at j. is_causal: a query sees the
     keys up to its position. mask broadcasts to (B, H, T, S): a boolean one names the keys that a query sees;
     a float one is added to the scores, and -inf in it excludes like False. slopes (H,): slope times distance
-    is subtracted, a query beyond the last key counting from there. A row uses nothing of a key that it does not see, not even times zero: a NaN there cannot
-    reach it. A row that sees none has out 0 and lse -inf. Dropout numbers the elements of (B, H, T, S) in C
-    order.
+    is subtracted, a query beyond the last key counting from there. A row uses nothing of a key that it does
+    not see, not even times zero: a NaN there cannot reach it. A row that sees none has out 0 and lse -inf.
+    Dropout numbers the elements of (B, H, T, S) in C order.
     """
     q, k, v = _float64(q, k, v)
     dropped = dropout_scale((*q.shape[:3], k.shape[2]), dropout_p, key)

@@ -171,7 +171,7 @@ def test_a_mean_is_over_the_seeds_that_have_the_step_and_the_words_count_them(tm
     assert band.get_paths()[0].get_extents().intervaly[1] == pytest.approx(4.0)  # of the short run
     assert len(lr.get_lines()[0].get_xdata()) == 60
     assert title_of(figure) == "Loss over training, 2 to 3 seeds each"
-    assert legend_texts(figure)[-1].endswith("of 2 to 3 seeds")
+    assert legend_texts(figure)[-1].replace("\n", " ").endswith("of 2 to 3 seeds")
     assert_tidy(figure)
 
 

@@ -792,6 +792,7 @@ def train(config, run):
     assert untimed("a") == untimed("c")
     one, two = untimed("a")[0], untimed("b")[0]
     assert all(one[key] != two[key] for key in "abc")
+    assert one["a"] == one["b"]  # seeded for the function, whatever its file drew
 
 
 @pytest.mark.parametrize(

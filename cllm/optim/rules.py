@@ -41,7 +41,7 @@ class SGD(Optimizer):
     @classmethod
     def check(cls, values):
         super().check(values)
-        if values["nesterov"] and (values["momentum"] == 0 or values["dampening"] != 0):
+        if values.get("nesterov") and (values["momentum"] == 0 or values["dampening"] != 0):
             raise InputError(
                 f"nesterov needs a momentum above 0 and a dampening of 0, "
                 f"got momentum {values['momentum']} and dampening {values['dampening']}"
