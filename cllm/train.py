@@ -10,7 +10,6 @@ What is trained is a `task.Task`; without one of the user's own it is a GPT on t
 import json
 import math
 import re
-import warnings
 from collections import deque
 from dataclasses import fields, replace
 from pathlib import Path
@@ -507,6 +506,9 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
 def load(run_dir, checkpoint="last", task=None):
     """The model, in eval mode, and the tokenizer of a run.
 
+    Files of the user's that have changed since, or are not there from this working directory, are taken from
+    the copies in the run's directory.
+
     Parameters
     ----------
     run_dir : path-like
@@ -525,11 +527,6 @@ def load(run_dir, checkpoint="last", task=None):
     ------
     InputError
         When there is no run or no complete checkpoint, or no model that belongs to it.
-
-    Warns
-    -----
-    UserWarning
-        When a file that the model came from has changed since.
     """
     if checkpoint not in ("last", "best"):
         raise InputError(f'checkpoint is {checkpoint!r}, it must be "last" or "best"')
@@ -539,11 +536,9 @@ def load(run_dir, checkpoint="last", task=None):
     if path is None:
         raise InputError(f"{run_dir} has no complete checkpoint yet; continue it with: cllm resume {run_dir}")
     arrays, _, state = checkpoints.load(path)
-    try:
-        userfile.refuse_changed(state.get("files", {}), run_dir / FILES, run_dir)
-    except InputError as changed:
-        warnings.warn(f"the model may not be the one that was trained: {changed}", stacklevel=2)
-    config = configs.load(run_dir / "config.toml")
+    written = configs.flatten(configs.read_toml(run_dir / "config.toml"))
+    kept = userfile.kept_references(written, state.get("files", {}), run_dir / FILES)
+    config = configs.load(run_dir / "config.toml", kept)
     if config.task.run is not None:
         raise InputError(
             f"{run_dir} was trained by {config.task.run}, which alone knows its model; "

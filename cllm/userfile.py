@@ -136,6 +136,34 @@ def refuse_changed(files, folder, run_dir):
             )
 
 
+def kept_references(flat, files, folder):
+    """The references of a configuration whose file has changed or is not there, to the copies kept of them.
+
+    Parameters
+    ----------
+    flat : dict
+        A configuration with dotted keys.
+    files : dict
+        As `digests` gave it for the run.
+    folder : Path
+        Where `keep` put the copies.
+
+    Returns
+    -------
+    dict
+        Dotted keys to references.
+    """
+    found = {}
+    for key, value in flat.items():
+        if not is_reference(value):
+            continue
+        path, name = _parts(value, key)
+        sha256 = files.get(str(path))
+        if sha256 and not (path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256):
+            found[key] = f"{folder / _kept_name(path, sha256)}:{name}"
+    return found
+
+
 def _kept_name(path, sha256):
     return f"{Path(path).stem}-{sha256[:8]}.py"
 
