@@ -245,6 +245,8 @@ def test_alibi_slopes_and_what_they_do():
     results = both_passes(*arrays, slopes=slopes, offsets=[0, 30])
     assert_close(results, tuple(both_passes(*arrays, mask=bias)), np.float64)
     assert same_bits(both_passes(*arrays, slopes=strided(slopes), offsets=np.int8([0, 30])), results)
+    odd = {"slopes": misaligned(slopes), "offsets": misaligned(np.array([0, 30]))}
+    assert same_bits(both_passes(*arrays, **odd), results)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -83,7 +83,7 @@ def _mask(function, mask, shape, dtype):
 
 
 def _slopes(function, slopes, n_head):
-    """The slopes as contiguous float64."""
+    """The slopes as contiguous, aligned float64."""
     if slopes is None:
         return None
     slopes = checks.as_array(function, "slopes", slopes)
@@ -93,7 +93,7 @@ def _slopes(function, slopes, n_head):
         raise ValueError(f"{function}: slopes is {slopes.shape}, it must be {(n_head,)}, one for each head")
     if not np.isfinite(slopes).all():
         raise ValueError(f"{function}: slopes has {slopes[~np.isfinite(slopes)][0]}, all must be finite")
-    return np.ascontiguousarray(slopes, np.float64)
+    return np.require(slopes, np.float64, ["C", "A"])
 
 
 def _offsets(function, offsets, batch_size):
