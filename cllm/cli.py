@@ -304,14 +304,24 @@ def _parser():
 
     sub = command(
         _bench,
-        "time training steps, beside torch if wanted",
-        "Time a whole training step (forward, backward, clipping, AdamW) at three sizes: median and range.",
+        "how fast CLLM is here, beside torch if wanted",
+        "Time training steps and kernels beside NumPy or torch and against this machine's limits; measure "
+        "memory, imports and growth. Rows are printed as they come; records and figures go to --out.",
         "cllm bench --against torch",
-        "cllm bench --sizes tiny,char --threads 1",
+        "cllm bench --only step,gemm --sizes tiny,char --threads 1",
     )
     sub.add_argument("--against", choices=("torch",), metavar="torch", help="take turns with torch")
-    sub.add_argument("--sizes", metavar="NAMES", help="tiny, char, baby, with commas between (all)")
-    sub.add_argument("--threads", type=_whole(1), metavar="N", help="threads of both sides (all cores)")
+    sub.add_argument(
+        "--only", metavar="GROUPS",
+        help="with commas between: ceilings, step, gemm, attention, gelu, ffn, optimizer, loss, norm, "
+        "import, memory, growth (all)",
+    )  # fmt: skip
+    sub.add_argument("--sizes", metavar="NAMES", help="tiny, char, baby, story, gpt2, likewise (all)")
+    sub.add_argument("--threads", type=_whole(1), metavar="N", help="threads of all sides (steps: 1 and all)")
+    sub.add_argument("--rounds", type=_whole(1), metavar="N", help="turns of each side (7; steps: 5)")
+    sub.add_argument("--quick", action="store_true", help="few rounds, and without what takes long")
+    sub.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
+    sub.add_argument("--out", default="runs/bench", metavar="DIR", help="where files go (runs/bench)")
     return parser
 
 
@@ -458,8 +468,14 @@ def _cache_folder():
 def _bench(options):
     from cllm import bench
 
-    sizes = None if options.sizes is None else options.sizes.split(",")
-    bench.run(sizes, against=options.against, threads=options.threads)
+    only, sizes = (text and text.split(",") for text in (options.only, options.sizes))
+    try:
+        bench.run(
+            only, sizes, against=options.against, threads=options.threads, out=options.out,
+            quick=options.quick, compile=not options.no_compile, rounds=options.rounds,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return _complain(f"interrupted; the rows measured so far are in {options.out}", 130)
     return 0
 
 

@@ -51,6 +51,8 @@ class TrainConfig:
         Threads of the kernels; 0 keeps what the process uses. Results do not depend on it.
     metrics : list of str
         Of `cllm.metrics.BY_NAME`: what evaluations measure besides the loss.
+    profile : bool
+        Time the kernels in a few of the steps; the run ends with a table, which its summary holds too.
     """
 
     batch_size: int | typing.Literal["full"] = 12
@@ -62,6 +64,7 @@ class TrainConfig:
     seed: int = 1337
     threads: int = 0
     metrics: tuple[str, ...] = ()
+    profile: bool = False
 
     def __post_init__(self):
         for name in ("batch_size", "grad_accum", "max_steps"):
@@ -110,6 +113,8 @@ class Config:
                 f"schedule.min_lr is {self.schedule.min_lr:g}, "
                 f"it must be at most optim.lr ({self.optim.lr:g})"
             )
+        if self.task.run is not None and self.train.profile:
+            raise InputError("train.profile is true, but task.run is a loop of its own: leave out one")
 
 
 SECTIONS = {f.name: f.type for f in fields(Config)}

@@ -515,7 +515,7 @@ def _varied(runs, but):
             kind = None if key == name else run.config.get(name)
             found.setdefault(kind, set()).add(_hashable(run.config.get(key)))
         differs = any(len(values) > 1 for values in found.values())
-        if differs and key not in ("run.dir", "train.threads", *but):
+        if differs and key not in ("run.dir", "train.threads", "train.profile", *but):
             varied.append(key)
     return varied
 

@@ -8,6 +8,8 @@ import numbers
 import sys
 import time
 
+from cllm import profile
+
 __all__ = ["Bar", "Lines", "Silent", "choose"]
 
 # Seconds between two redraws of the bar: a tiny model takes a thousand steps in that time.
@@ -72,6 +74,8 @@ class Lines:
 
     def end(self, summary):
         self._print(_end_line(summary, self.run_dir, self.next_command))
+        if "profile" in summary:
+            self._print("\n".join(profile.table(summary["profile"])))
 
     def _print(self, line):
         print(_encodable(line, self.stream), file=self.stream, flush=True)
@@ -133,6 +137,8 @@ class Bar:
     def end(self, summary):
         self.bar.stop()
         self.console.print(_end_line(summary, self.run_dir, self.next_command), soft_wrap=True)
+        if "profile" in summary:
+            self.console.print("\n".join(profile.table(summary["profile"])), soft_wrap=True)
 
 
 class _Rate:

@@ -2,24 +2,24 @@
 
 An operation computes its array and calls ``record(array, inputs, backward)``. When an input requires a
 gradient, the result gets a Node: where its inputs came from, and a function from the result's gradient
-to the inputs' gradients. `Tensor.backward` runs the nodes from the newest to the oldest.
+to the inputs' gradients. `Tensor.backward` runs the nodes from the newest to the oldest. Both halves of the
+tape are compiled: `cllm._core.tape`.
 
 Names, arguments and behaviour follow PyTorch. The operations here are NumPy, one array at a time, but
 for the matrix product; those that train a GPT fast are in `cllm.functional`.
 """
 
 import math
-import threading
 from collections import namedtuple
 from contextlib import ContextDecorator
-from itertools import accumulate, count
-from operator import attrgetter
+from itertools import accumulate
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_index, normalize_axis_tuple
 
 from cllm import kernels
 from cllm._core.pool import empty
+from cllm._core.tape import WRITTEN, Fields, is_grad_enabled, record, results_are, run, set_grad_enabled
 
 __all__ = [
     "WRITTEN", "GradcheckError", "Parameter", "Tensor", "as_tensor", "cat", "einsum", "enable_grad",
@@ -34,24 +34,11 @@ _POOL_FROM = 16384
 # Float32 sums over more elements than this are taken in double: a running sum of n terms loses n/2 ulp.
 _DOUBLE_FROM = 1024
 
-# What a backward function returns for a parameter whose gradient it has put in place itself.
-WRITTEN = object()
-
 MaxResult = namedtuple("MaxResult", "values indices")
 MinResult = namedtuple("MinResult", "values indices")
 
 
 # The tape --------------------------------------------------------------------------------------------
-
-
-class _Mode(threading.local):
-    grad = True
-
-
-_mode = _Mode()
-_numbers = count()
-_new = object.__new__  # results and nodes are made at each operation, without a call of __init__
-_number = attrgetter("number")
 
 
 class no_grad(ContextDecorator):
@@ -60,12 +47,12 @@ class no_grad(ContextDecorator):
     _grad = False
 
     def __enter__(self):
-        self._before = _mode.grad
-        _mode.grad = self._grad
+        self._before = is_grad_enabled()
+        set_grad_enabled(self._grad)
         return self
 
     def __exit__(self, *error):
-        _mode.grad = self._before
+        set_grad_enabled(self._before)
 
     def _recreate_cm(self):
         return type(self)()  # one for each call, so that a decorated function may call itself
@@ -75,102 +62,6 @@ class enable_grad(no_grad):
     """Within this context operations are recorded, also inside `no_grad`."""
 
     _grad = True
-
-
-def is_grad_enabled():
-    """Whether operations are recorded in this thread."""
-    return _mode.grad
-
-
-class Node:
-    """One recorded operation. `inputs` holds, for each input, its Node, the leaf Tensor itself, or None."""
-
-    __slots__ = ("backward", "grad", "inputs", "number", "owned")
-
-
-def record(array, inputs, backward):
-    """The Tensor of an operation's result.
-
-    Parameters
-    ----------
-    array : ndarray
-        The result; float32 or float64.
-    inputs : tuple of Tensor
-    backward : function
-        From the result's gradient to a tuple with a gradient for each input: an array of the input's shape
-        and dtype, None where there is none, or WRITTEN where it already is in place. It must not write
-        to the gradient that it gets, and may return it. It should hold on to the arrays that it needs, not to
-        Tensors.
-    """
-    result = _new(Tensor)
-    result.data = array if array.__class__ is np.ndarray else np.asarray(array)
-    result._grad = None
-    if _mode.grad:
-        edges, needed = [], False
-        for x in inputs:
-            if x.requires_grad:
-                needed = True
-                edges.append(x._node or x)
-            else:
-                edges.append(None)
-        if needed:
-            node = _new(Node)
-            node.inputs = edges
-            node.backward = backward
-            node.number = next(_numbers)
-            result.requires_grad = True
-            result._node = node
-            return result
-    result.requires_grad = False
-    result._node = None
-    return result
-
-
-def _collect(root):
-    """The nodes that lead to `root`, newest first."""
-    stack, seen = [root], {root}
-    while stack:
-        node = stack.pop()
-        if node.backward is None:
-            raise RuntimeError(
-                "backward: this graph was freed by an earlier backward(); run the forward pass again"
-            )
-        node.grad = None
-        node.owned = False
-        for edge in node.inputs:
-            if edge.__class__ is Node and edge not in seen:
-                seen.add(edge)
-                stack.append(edge)
-    return sorted(seen, key=_number, reverse=True)
-
-
-def _run(root, grad, retain_graph):
-    """Propagate `grad` from `root` to the leaves and free each node after it ran, unless told to retain them.
-
-    Gradients travel by reference: an operation may hand on the very array that it got, or a view of it. So
-    the engine adds in place only to a sum that it has made itself (`owned`).
-    """
-    nodes = _collect(root)
-    root.grad = grad
-    with np.errstate(all="ignore"):
-        for node in nodes:
-            if node.grad is not None:
-                for edge, grad in zip(node.inputs, node.backward(node.grad)):
-                    if grad is None or edge is None or grad is WRITTEN:
-                        continue
-                    if edge.__class__ is not Node:
-                        edge._accumulate(grad)
-                    elif edge.grad is None:
-                        edge.grad = grad
-                    elif edge.owned:
-                        np.add(edge.grad, grad, out=edge.grad)
-                    else:
-                        edge.grad = np.add(edge.grad, grad, out=empty(grad.shape, grad.dtype))
-                        edge.owned = True
-            node.grad = None
-            if not retain_graph:
-                node.backward = None
-                node.inputs = ()
 
 
 # Helpers ---------------------------------------------------------------------------------------------
@@ -317,7 +208,7 @@ def as_tensor(x):
 # Tensor ----------------------------------------------------------------------------------------------
 
 
-class Tensor:
+class Tensor(Fields):
     """A NumPy array that remembers how it was computed.
 
     Parameters
@@ -339,7 +230,7 @@ class Tensor:
         For any other dtype. Integer and boolean arrays are indices, masks and constants, not Tensors.
     """
 
-    __slots__ = ("__weakref__", "_grad", "_node", "data", "requires_grad")
+    __slots__ = ()  # those of Fields
     __array_ufunc__ = None  # so that `array * tensor` comes to __rmul__
 
     def __init__(self, data, requires_grad=False):
@@ -497,7 +388,7 @@ class Tensor:
         if self._node is None:
             self._accumulate(gradient)
         else:
-            _run(self._node, gradient, retain_graph)
+            run(self._node, gradient, retain_graph)
 
     # Arithmetic --------------------------------------------------------------------------------------
 
@@ -996,6 +887,7 @@ class Tensor:
         return record(out, (self,), lambda grad: (_unbroadcast(np.where(mask, 0, grad), shape),))
 
 
+results_are(Tensor)
 _set_grad = Tensor._grad.__set__  # past Parameter.__setattr__, which is for users
 
 
@@ -1010,12 +902,13 @@ class Parameter(Tensor):
     requires_grad : bool
     """
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_buffer", "_claim")
 
     def __init__(self, data, requires_grad=True):
         super().__init__(data, requires_grad)
         self.data = np.require(self.data, requirements="CAW")
         self._buffer = None  # this parameter's place in the model's block of gradients
+        self._claim = None  # what `claim_grad` gave last, while nobody else has asked for that place
 
     def __setattr__(self, name, value):
         if name == "data" and getattr(self, "_buffer", None) is not None:
@@ -1034,15 +927,41 @@ class Parameter(Tensor):
         data[...] = self.data
         grad = self._grad
         object.__setattr__(self, "data", data)
-        self._buffer, self._grad = buffer, None
+        self._buffer, self._grad, self._claim = buffer, None, None
         self.grad = grad
 
     def grad_target(self):
+        if self._claim is not None:
+            self._claim = None
         if self._grad is not None:
             return self._grad, True
         if self._buffer is not None:
             return self._buffer, False
         return empty(self.data.shape, self.data.dtype), False
+
+    def grad_written(self, array):
+        if self._claim is None:
+            _set_grad(self, array)
+        else:
+            _set_grad(self, self._buffer if array is self._claim else array)
+            self._claim = None
+
+    def claim_grad(self):
+        """An array for a gradient that is computed before `backward`; None while this parameter holds one.
+
+        Where gradients have a place of their own, the array is that place: what is in it counts only while
+        `holds_claim` says so. The next claim, and whatever asks for `grad_target`, ends it.
+        """
+        if self._grad is not None:
+            return None
+        if self._buffer is None:
+            return empty(self.data.shape, self.data.dtype)
+        self._claim = self._buffer.view()  # known by its identity
+        return self._claim
+
+    def holds_claim(self, array):
+        """Whether the array from `claim_grad` still is what its claimant left there."""
+        return self._buffer is None or array is self._claim
 
 
 # Operations on several tensors, and parts of methods -------------------------------------------------
@@ -1136,7 +1055,7 @@ def _of_two(x, y, ufunc, loses):
 def _parts(x, indices):
     """The views x[index] that do not overlap; in backward they fill one array together, not one each."""
     data = x.data
-    if not (_mode.grad and x.requires_grad):
+    if not (is_grad_enabled() and x.requires_grad):
         return tuple(record(data[index], (), None) for index in indices)
     shape, dtype = data.shape, data.dtype
     whole = None

@@ -12,6 +12,7 @@ import math
 import re
 from collections import deque
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -29,6 +30,7 @@ from cllm.generate import generate
 from cllm.gpt import GPT
 from cllm.lifecycle import FILES, Diverged, Lifecycle
 from cllm.loop import OwnLoop
+from cllm.profile import Profile
 from cllm.progress import thousands
 from cllm.records import METRICS
 from cllm.tensor import no_grad
@@ -42,7 +44,10 @@ SAMPLE_TOKENS = 120  # of them about this many characters are shown, runs of spa
 SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
 # What a resumed run may change: all else would make it another run.
-RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads")
+RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads", "profile")
+# The Trainer's methods that a profile times.
+PARTS = {"_batch": "data", "_loss": "forward", "_backward": "backward"}
+PARTS |= {"_clip": "optimizer", "_apply": "optimizer"}
 NO_CALLBACKS = "callbacks are given, but task.run is a loop of its own, which calls none"
 
 
@@ -121,6 +126,7 @@ class Trainer(Lifecycle):
             self.config = replace(config, task=tasks.TaskConfig(build=tasks.GIVEN))
         self.task = task
         self.given_callbacks = tasks.checked_callbacks(callbacks)
+        self.profile = None
         self.position = 0  # micro-batches consumed, which is all that the loader has to remember
 
     def fit(self):
@@ -210,6 +216,7 @@ class Trainer(Lifecycle):
         train = self.config.train
         self.model.train()
         self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
+        self.profile = Profile(self, PARTS) if train.profile else None
         self.recorder.truncate(self.step)
         while self.step < train.max_steps and not self.stop:
             self._step(interrupt)
@@ -217,7 +224,8 @@ class Trainer(Lifecycle):
     def _step(self, interrupt):
         """One update and whatever is due after it: evaluations, generated line, checkpoint."""
         train, followed = self.config.train, self.task.followed
-        record = self.thread_choice.time(self._update) if self.thread_choice else self._update()
+        update = self._update if self.profile is None else partial(self.profile.step, self._update)
+        record = self.thread_choice.time(update) if self.thread_choice else update()
         self._note(record, followed)
         self._log(record)
         self.shown.step(record)
@@ -250,31 +258,22 @@ class Trainer(Lifecycle):
             group["lr"] = lr
         total, count, examples = 0.0, 0, 0
         for micro in range(train.grad_accum):
-            batch = self.task.train.batch(self.position + micro, train.batch_size, train.seed)
-            rng.set_stream(train.seed, self.step, micro)
-            if self.task.loss is None:
-                loss, n = tasks.language_loss(self.model, batch, **self.loss_options)
-            else:
-                loss, n = tasks.checked_loss(self.task.loss(self.model, batch))
+            batch = self._batch(micro)
+            loss, n = self._loss(batch, micro)
             if micro == 0:
                 assumed = n * train.grad_accum or 1  # the step's count, which only the last batch completes
             total += loss.item()
             count += n
             examples += len(batch)
-            (loss * (1.0 / assumed)).backward()
-        if count not in (assumed, 0):
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    kernels.scale_(parameter.grad, assumed / count)
+            self._backward(loss, 1.0 / assumed)
         loss = total / count if count else 0.0
-        norm = optim.clip_grad_norm_(self.parameters, config.optim.grad_clip or math.inf)
+        norm = self._clip(1.0 if count in (assumed, 0) else assumed / count)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
                 f"the loss is {loss:g} and the gradient's norm {norm:g} in step {self.step + 1} at learning "
                 f"rate {lr:g}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._apply()
         self.step += 1
         self.position += train.grad_accum
         return {
@@ -285,6 +284,33 @@ class Trainer(Lifecycle):
             "grad_norm": norm,
             f"{self.unit}_per_s": (count if self.unit == "tokens" else examples) / (perf_counter() - began),
         }
+
+    def _batch(self, micro):
+        return self.task.train.batch(
+            self.position + micro, self.config.train.batch_size, self.config.train.seed
+        )
+
+    def _loss(self, batch, micro):
+        """The sum of a batch's losses and how many counted."""
+        rng.set_stream(self.config.train.seed, self.step, micro)
+        if self.task.loss is None:
+            return tasks.language_loss(self.model, batch, **self.loss_options)
+        return tasks.checked_loss(self.task.loss(self.model, batch))
+
+    def _backward(self, loss, factor):
+        (loss * factor).backward()
+
+    def _clip(self, factor):
+        """Multiply the gradients, then limit their norm; what it was."""
+        if factor != 1.0:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    kernels.scale_(parameter.grad, factor)
+        return optim.clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
+
+    def _apply(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _evaluate(self, split):
         began = perf_counter()
@@ -352,6 +378,8 @@ class Trainer(Lifecycle):
             results["data_hash"] = self.text.hash
         results["parameters"] = self.n_parameters
         results[self.unit] = self.position * self.batch_size * self.task.train.size
+        if self.profile is not None:
+            results["profile"] = self.profile.results()
         return results
 
     # What is shown

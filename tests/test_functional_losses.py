@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_checks import assert_refuses, error, values
 
 import cllm
-from cllm import Tensor
+from cllm import Tensor, nn
 from cllm import functional as F
 from cllm.errors import InputError
 from cllm.tensor import Parameter
@@ -370,6 +370,166 @@ def test_linear_cross_entropy_is_cross_entropy_of_linear():
             x.grad = w.grad = None
         for a, b in zip(*grads):
             assert error(a, b) < 1e-12
+
+
+# Gradients of the output layer that are computed with the losses -------------------------------------
+
+
+class Head(nn.Module):
+    """A table and an output layer that share one weight."""
+
+    def __init__(self, channels=4, n_classes=5):
+        super().__init__()
+        self.weight = Parameter(values(n_classes, channels, dtype=np.float32))
+        self.other = Parameter(values(3, dtype=np.float32))
+        self.flatten()
+
+
+def losses_of(head, seed=0, reduction="mean", x=None):
+    x = Tensor(values(2, 3, 4, dtype=np.float32, seed=seed)) if x is None else x
+    return F.linear_cross_entropy(x, head.weight, TOKENS, reduction=reduction)
+
+
+def expected_grad(head, *seeds):
+    """The sum of the weight's gradients of these losses, by the plain operations."""
+    weight = Tensor(head.weight.data.astype(np.float64), requires_grad=True)
+    for seed in seeds:
+        x = values(6, 4, dtype=np.float32, seed=seed).astype(np.float64)
+        F.cross_entropy(F.linear(Tensor(x), weight), TOKENS.reshape(-1)).backward()
+    return weight.grad
+
+
+def close(head, *seeds):
+    return error(head.weight.grad, expected_grad(head, *seeds)) < 1e-6
+
+
+def test_a_parameters_gradient_is_none_until_backward():
+    head = Head()
+    loss = losses_of(head)
+    assert head.weight.grad is None
+    loss.backward()
+    assert close(head, 0)
+    assert head.weight.grad is head.weight._buffer  # where an optimizer looks for it each time
+    assert np.shares_memory(head.weight.grad, head.flat_grad)
+
+
+@pytest.mark.parametrize("interruption", [
+    lambda head: losses_of(head, 1),
+    lambda head: losses_of(head, 1).backward() or head.zero_grad(),
+    lambda head: setattr(head.weight, "grad", np.ones((5, 4))) or head.zero_grad(),
+    lambda head: (head.weight * 2.0).sum().backward() or head.zero_grad(),
+    lambda head: head.flatten(),
+    lambda head: head.zero_grad(),
+    lambda head: F.embedding(TOKENS, head.weight).sum().backward() or head.zero_grad(),
+    lambda head: F.linear(Tensor(values(3, 4, dtype=np.float32)), head.weight).sum(),
+])  # fmt: skip
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_comes_between_a_loss_and_its_backward(interruption, reduction):
+    """The gradient has the bits of an undisturbed one, whether it was kept or computed again."""
+    head, alone = Head(), Head()
+    for model, disturb in ((head, interruption), (alone, lambda head: None)):
+        x = Tensor(values(2, 3, 4, dtype=np.float32), requires_grad=True)
+        loss = losses_of(model, reduction=reduction, x=x) * 0.3
+        disturb(model)
+        loss.backward()
+        model.input_grad = x.grad
+    assert np.array_equal(head.weight.grad, alone.weight.grad)
+    assert np.array_equal(head.input_grad, alone.input_grad)
+
+
+def test_losses_that_share_a_head_add_up():
+    for order in ((0, 1), (1, 0)):
+        head = Head()
+        losses = [losses_of(head, seed) for seed in (0, 1)]
+        for i in order:
+            losses[i].backward()
+        assert close(head, 0, 1)
+    head = Head()
+    (losses_of(head, 0) + losses_of(head, 1)).backward()
+    assert close(head, 0, 1)
+    head = Head()
+    for seed in (0, 1, 2):  # accumulation
+        losses_of(head, seed).backward()
+    assert close(head, 0, 1, 2)
+    head = Head()
+    first = losses_of(head, 0)
+    head.weight.grad = expected_grad(head, 1)
+    first.backward()
+    assert close(head, 0, 1)
+
+
+def test_a_tied_table_adds_to_the_heads_gradient():
+    head, plain = Head(), Tensor(Head().weight.data.astype(np.float64), requires_grad=True)
+    losses_of(head, x=F.embedding(TOKENS, head.weight)).backward()
+    F.cross_entropy(
+        F.linear(F.embedding(TOKENS, plain), plain).reshape(6, 5), TOKENS.reshape(-1)
+    ).backward()
+    assert error(head.weight.grad, plain.grad) < 1e-6
+
+
+@pytest.mark.parametrize("make", [Head, lambda: Tensor(values(5, 4, dtype=np.float32), requires_grad=True)])
+def test_a_graph_may_be_run_twice(make):
+    head = make()
+    weight = head.weight if isinstance(head, Head) else head
+    for reduction in ("mean", "sum"):
+        x = Tensor(values(6, 4, dtype=np.float32), requires_grad=True)
+        loss = F.linear_cross_entropy(x, weight, TOKENS.reshape(-1), reduction=reduction)
+        loss.backward(retain_graph=True)
+        once = x.grad.copy(), weight.grad.copy()
+        loss.backward(np.array(2.0, np.float32))
+        assert error(x.grad, 3 * once[0]) < 1e-6
+        assert error(weight.grad, 3 * once[1]) < 1e-6
+        weight.grad = None
+
+
+def test_a_parameter_without_a_place_and_a_result_as_the_weight():
+    x = values(6, 4, dtype=np.float32)
+    weight = Parameter(Head().weight.data.copy())
+    first, second = (F.linear_cross_entropy(Tensor(x), weight, TOKENS.reshape(-1)) for _ in range(2))
+    first.backward()
+    once = weight.grad.copy()
+    second.backward()  # adds
+    assert error(weight.grad, 2 * once) < 1e-6
+    leaf = Tensor(weight.data, requires_grad=True)
+    F.linear_cross_entropy(Tensor(x), leaf * 1.0, TOKENS.reshape(-1)).backward()
+    assert np.array_equal(leaf.grad, once)
+
+
+def test_frozen_parts_of_the_output_layer():
+    head = Head()
+    x = Tensor(values(6, 4, dtype=np.float32), requires_grad=True)
+    losses_of(head, x=x.reshape(2, 3, 4)).backward()
+    dx, dw = x.grad.copy(), head.weight.grad.copy()
+    x.grad = None
+    head.zero_grad()
+    head.flat_grad.fill(7)
+    head.weight.requires_grad = False
+    losses_of(head, x=x.reshape(2, 3, 4)).backward()
+    assert np.array_equal(x.grad, dx)
+    assert head.weight.grad is None
+    with cllm.no_grad():
+        losses_of(head, x=x.reshape(2, 3, 4))
+    losses_of(head)
+    assert (head.flat_grad == 7).all()
+    head.weight.requires_grad = True
+    with cllm.no_grad():
+        losses_of(head)
+    assert (head.flat_grad == 7).all()
+    losses_of(head).backward()
+    assert np.array_equal(head.weight.grad, dw)
+    loss = losses_of(head, x=x.reshape(2, 3, 4))
+    head.weight.requires_grad = False
+    loss.backward()  # the graph was made before: as everywhere, it still brings the gradient
+    assert close(head, 0, 0)
+
+
+def test_a_loss_has_one_value_with_and_without_gradients():
+    x, w = Tensor(values(300, 24, dtype=np.float32), requires_grad=True), values(70, 24, dtype=np.float32)
+    target = np.arange(300) % 70
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}, {"class_weight": np.arange(70) % 3}):
+        loss = F.linear_cross_entropy(x, w, target, **options)
+        with cllm.no_grad():
+            assert loss.item() == F.linear_cross_entropy(x, w, target, **options).item()
 
 
 # Bad input -------------------------------------------------------------------------------------------

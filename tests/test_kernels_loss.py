@@ -454,6 +454,19 @@ def test_linear_cross_entropy_takes_class_weights_and_z_loss(shape, dtype, monke
     wanted = reference.linear_cross_entropy_backward(dlosses, x, weight, targets, expected[1], **options)
     assert_close(tuple(result), wanted, dtype)
 
+    both = kernels.linear_cross_entropy_both
+    again, dx, dweight = both(dlosses, x, weight, targets, **options)
+    assert np.array_equal(again, losses)
+    assert_close((dx, dweight), wanted, dtype)
+    for needs in ((True, False), (False, True)):
+        parts = both(dlosses, x, weight, targets, needs=needs, **options)[1:]
+        for part, needed, whole in zip(parts, needs, (dx, dweight)):
+            assert np.array_equal(part, whole) if needed else part is None
+    total = np.ones_like(weight)
+    assert both(dlosses, x, weight, targets, out=(None, total), accumulate=True, **options)[2] is total
+    assert_close((total - 1,), (wanted[1],), dtype)
+    assert_same_at_any_thread_count(lambda: both(dlosses, x, weight, targets, **options))
+
 
 # Element by element ----------------------------------------------------------------------------------
 

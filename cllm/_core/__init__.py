@@ -1,1 +1,1 @@
-"""Compiled Python objects: the buffer pool and the CPU's instruction sets."""
+"""Compiled Python objects: buffer pool, argument checks, tape, and the CPU's instruction sets."""

@@ -18,17 +18,20 @@ cdef extern from "numpy/arrayobject.h":
 cdef size_t ALIGNMENT = 64
 cdef size_t LARGEST = <size_t>1 << 62   # bytes of an array
 cdef size_t SLACK = 64 << 20            # idle bytes that are always kept
-cdef dict _free = {}            # size in bytes -> list of addresses
+cdef void* _free[512]           # for each size class its idle buffers: each begins with the next one's address
 cdef size_t _idle_bytes = 0     # in the free lists
 cdef size_t _live_bytes = 0     # in arrays that are in use
 cdef size_t _peak_bytes = 0     # the most that was in use
 
 
-cdef inline size_t _size_class(size_t n) noexcept nogil:
-    """n rounded up to one of eight steps for each power of two: at most 12.5 % is wasted."""
+cdef inline size_t _size_class(size_t n, int* number) noexcept nogil:
+    """n rounded up to one of eight steps for each power of two, at most 12.5 % wasted; and which one it is."""
     cdef size_t step = ALIGNMENT
+    number[0] = 0
     while n > step * 16:
         step *= 2
+        number[0] += 8
+    number[0] += <int>((n + step - 1) // step)
     return (n + step - 1) // step * step
 
 
@@ -36,6 +39,7 @@ cdef class Block:
     """Owns one buffer and gives it back to the pool when the last array over it is gone."""
     cdef void* address          # what malloc returned; the data starts at the next multiple of 64
     cdef size_t size
+    cdef int number             # of its size class
 
     def __dealloc__(self):
         global _idle_bytes, _live_bytes
@@ -43,10 +47,11 @@ cdef class Block:
             return
         _live_bytes -= self.size
         _idle_bytes += self.size
-        (<list>_free[self.size]).append(<uintptr_t>self.address)
+        (<void**>self.address)[0] = _free[self.number]
+        _free[self.number] = self.address
 
 
-def empty(shape, dtype=np.float32):
+cpdef object empty(object shape, object dtype=np.float32):
     """An uninitialised C-contiguous array, 64-byte aligned, from the pool.
 
     Parameters
@@ -72,11 +77,11 @@ def empty(shape, dtype=np.float32):
     """
     global _idle_bytes, _live_bytes, _peak_bytes
     cdef cnp.npy_intp dims[64]
-    cdef cnp.dtype descr = np.dtype(dtype)
+    cdef cnp.dtype descr = dtype if isinstance(dtype, cnp.dtype) else np.dtype(dtype)
     cdef size_t n = descr.itemsize
     cdef int nd = 0
     cdef Py_ssize_t length
-    if chr(descr.kind) not in "biufc" or not (<object>descr).isnative:
+    if not (cnp.PyTypeNum_ISNUMBER(descr.type_num) and cnp.PyArray_ISNBO(descr.byteorder)):
         raise TypeError(f"empty: dtype is {descr}, it must be one of numbers in this machine's byte order")
     for length in shape:
         if nd == 64:
@@ -89,13 +94,10 @@ def empty(shape, dtype=np.float32):
         n *= <size_t>length
         nd += 1
     cdef Block block = Block.__new__(Block)
-    block.size = _size_class(n if n > 0 else 1)
-    cdef list idle = _free.get(block.size)
-    if idle is None:
-        idle = []
-        _free[block.size] = idle
-    if idle:
-        block.address = <void*><uintptr_t>idle.pop()
+    block.size = _size_class(n if n > 0 else 1, &block.number)
+    block.address = _free[block.number]
+    if block.address is not NULL:
+        _free[block.number] = (<void**>block.address)[0]
         _idle_bytes -= block.size
     else:
         if _idle_bytes > SLACK and _idle_bytes + _live_bytes + block.size > 3 * _peak_bytes:
@@ -122,10 +124,14 @@ def empty_like(cnp.ndarray array):
 def trim():
     """Give all idle buffers back to the system."""
     global _idle_bytes
-    for size, idle in _free.items():
-        while idle:
-            free(<void*><uintptr_t>idle.pop())
-            _idle_bytes -= size
+    cdef void* address
+    cdef int number
+    for number in range(512):
+        while _free[number] is not NULL:
+            address = _free[number]
+            _free[number] = (<void**>address)[0]
+            free(address)
+    _idle_bytes = 0
 
 
 def usage():

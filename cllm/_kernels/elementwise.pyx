@@ -1,7 +1,7 @@
 """Activations (GELU, ReLU and its square, SiLU, tanh, sigmoid), SwiGLU and dropout.
 
 Arrays are cut into blocks of BLOCK elements, which threads share; each block is one plain loop that
-the compiler vectorises (exp, erf and tanh are inlined from vmath.h).
+the compiler vectorises (exp, tanh and the erf form of GELU are inlined from vmath.h).
 """
 cimport numpy as cnp
 from cython cimport floating
@@ -9,7 +9,7 @@ from cython.parallel cimport prange
 from libc.stdint cimport uint32_t, uint64_t
 from numpy cimport PyArray_DATA as data
 
-from cllm._kernels.vmath cimport verf, vexp, vtanh
+from cllm._kernels.vmath cimport vexp, vexp2, vgelu, vgelu_slope, vtanh
 
 cnp.import_array()
 
@@ -33,22 +33,18 @@ cdef inline Py_ssize_t block_size(Py_ssize_t block, Py_ssize_t n) noexcept nogil
 
 # GELU ------------------------------------------------------------------------------------------------
 # The tanh form 0.5 x (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), is x sigmoid(2u): one exp and one
-# division, and no cancellation where tanh is near -1. Under -10 both forms are 0 to any dtype here;
-# bounding x there keeps x^3, infinities and denormals out. A NaN fails both comparisons and passes.
+# division, and no cancellation where tanh is near -1. Under -10 both forms are 0 to float32; bounding x there
+# keeps x^3, infinities and denormals out, and keeps exp in the range of vexp2. A NaN fails both comparisons
+# and passes.
 
 cdef inline floating bounded(floating v, floating low, floating high) noexcept nogil:
     v = low if v < low else v
     return high if v > high else v
 
 
-cdef inline floating sigmoid_2u(floating v) noexcept nogil:
-    """1 / (1 + exp(-2u))."""
-    return <floating>1 / (<floating>1 + vexp(
-        v * (<floating>-1.5957691216057308 - <floating>0.07135481627260025 * v * v)))
-
-
-cdef inline floating normal_cdf(floating v) noexcept nogil:
-    return <floating>0.5 * (<floating>1 + verf(v * <floating>0.7071067811865476))
+cdef inline floating exp_minus_2u(floating v) noexcept nogil:
+    """exp(-2u) as a power of 2: log2(e) is in the two constants."""
+    return vexp2(v * (<floating>-2.302208198144325 - <floating>0.1029432395800235 * (v * v)))
 
 
 cdef void gelu_tanh_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
@@ -56,38 +52,36 @@ cdef void gelu_tanh_forward(const floating* x, floating* out, Py_ssize_t n) noex
     cdef floating v
     for i in range(n):
         v = x[i]
-        out[i] = <floating>0 if v < <floating>-10 else v * sigmoid_2u(bounded(v, -10, 10))
+        out[i] = <floating>0 if v < <floating>-10 else v * (
+            <floating>1 / (<floating>1 + exp_minus_2u(bounded(v, -10, 10))))
 
 
 cdef void gelu_tanh_backward(const floating* dy, const floating* x, floating* dx,
                              Py_ssize_t n) noexcept nogil:
-    """d(x s)/dx = s + x s (1 - s) 2u', with s = sigmoid(2u) as in gelu_tanh_forward."""
+    """d(x s)/dx = s (1 + x (1 - s) 2u'), with s = sigmoid(2u) as in gelu_tanh_forward; 1 - s is s exp(-2u),
+    which keeps its digits where s is near 1."""
     cdef Py_ssize_t i
-    cdef floating v, s
+    cdef floating v, e, s
     for i in range(n):
         v = bounded(x[i], -10, 10)
-        s = sigmoid_2u(v)
-        dx[i] = dy[i] * (s + s * (<floating>1 - s) * v * (
-            <floating>1.5957691216057308 + <floating>0.21406444881780076 * v * v))
+        e = exp_minus_2u(v)
+        s = <floating>1 / (<floating>1 + e)
+        dx[i] = dy[i] * (s * (<floating>1 + e * s * (v * (
+            <floating>1.5957691216057308 + <floating>0.21406444881780076 * (v * v)))))
 
 
 cdef void gelu_erf_forward(const floating* x, floating* out, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
-    cdef floating v
     for i in range(n):
-        v = x[i]
-        v = <floating>-10 if v < <floating>-10 else v
-        out[i] = v * normal_cdf(v)
+        out[i] = vgelu(x[i])
 
 
 cdef void gelu_erf_backward(const floating* dy, const floating* x, floating* dx,
                             Py_ssize_t n) noexcept nogil:
-    """d(x Phi(x))/dx = Phi(x) + x phi(x)."""
+    """d(x Phi(x))/dx = Phi(x) + x Phi'(x)."""
     cdef Py_ssize_t i
-    cdef floating v
     for i in range(n):
-        v = bounded(x[i], -10, 10)
-        dx[i] = dy[i] * (normal_cdf(v) + v * <floating>0.3989422804014327 * vexp(<floating>-0.5 * v * v))
+        dx[i] = dy[i] * vgelu_slope(x[i])
 
 
 # Other activations -----------------------------------------------------------------------------------

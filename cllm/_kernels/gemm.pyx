@@ -11,7 +11,12 @@ from cython.parallel cimport prange, threadid
 
 from cllm._kernels.tile cimport MR, NV, VBYTES, ceil_div, pack, pack_transposed, round_up, tile
 
+from libc.string cimport memcpy
+
 cnp.import_array()
+
+cdef extern from *:
+    void prefetch "__builtin_prefetch"(const void* address) nogil
 
 cdef extern from "scratch.h" nogil:
     void* cllm_scratch(size_t n_bytes)
@@ -33,7 +38,10 @@ OPENMP = bool(CLLM_OPENMP)              # whether the kernels were built with th
 cdef Py_ssize_t K_BYTES = 768 * 4
 cdef Py_ssize_t K_BYTES_PACKED = 384 * 4
 cdef Py_ssize_t M_BLOCK = 192           # rows of A that stay in L2 over all panels
-cdef Py_ssize_t A_PANEL = 8 * MR        # rows of A packed side by side
+cdef enum:
+    FLIP_FROM = 4                       # rows of x under which flipped tiles waste more lanes than packing takes time
+    A_PANEL = 48                        # rows of A packed side by side: a multiple of every tile's
+    MAX_TILE = 6 * 64                   # elements in the largest tile
 cdef Py_ssize_t N_CHUNK = 4096          # columns of B packed at a time: bounds the scratch memory
 # Below this many multiply-adds a second thread costs more than it brings (two parallel regions, 3 us each).
 cdef double SERIAL_BELOW = 400_000
@@ -48,27 +56,69 @@ cdef void pack_panel(const floating* b, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize
         pack_transposed(b, bcs, k, n, width, 1, y)
 
 
-cdef void row_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const floating* a, Py_ssize_t ars, Py_ssize_t acs,
-                    const floating* panels, Py_ssize_t width, Py_ssize_t panel_step, floating* c, Py_ssize_t ldc,
-                    const floating* add, Py_ssize_t ldadd, const floating* bias, floating* packed) noexcept nogil:
-    """c (m, n) = a (m, k) times the packed panels; a is packed first when its rows are not contiguous."""
+cdef void pack_rows(const floating* a, Py_ssize_t ld, Py_ssize_t k, Py_ssize_t m, floating* y) noexcept nogil:
+    """The columns of a (k, m) in panels of A_PANEL, one after the other.
+
+    Row by row of a, which is read ahead: a row is another page, where no prefetcher of the CPU follows.
+    """
+    cdef Py_ssize_t p, q, line
+    for q in range(k):
+        for line from 0 <= line < m by 64 // <Py_ssize_t>sizeof(floating):
+            prefetch(a + min(q + 8, k - 1) * ld + line)
+        for p from 0 <= p <= m - A_PANEL by A_PANEL:
+            memcpy(y + p * k + q * A_PANEL, a + q * ld + p, A_PANEL * sizeof(floating))
+        p = m - m % A_PANEL
+        memcpy(y + p * k + q * A_PANEL, a + q * ld + p, m % A_PANEL * sizeof(floating))
+
+
+cdef void flip_tile(Py_ssize_t mr, Py_ssize_t n, Py_ssize_t k, const floating* a, Py_ssize_t ars, const floating* b,
+                    Py_ssize_t width, floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd,
+                    const floating* bias) noexcept nogil:
+    """A tile whose transpose (n, mr) goes to c; bias: (mr,)."""
+    cdef floating sums[MAX_TILE]
+    cdef floating v
+    cdef Py_ssize_t i, j
+    tile(mr, n, k, a, ars, 1, b, width, sums, width, <const floating*>NULL, 0, <const floating*>NULL)
+    for j in range(n):
+        for i in range(mr):
+            v = sums[i * width + j]
+            if add is not NULL:
+                v = v + add[j * ldadd + i]
+            if bias is not NULL:
+                v = v + bias[i]
+            c[j * ldc + i] = v
+
+
+cdef void row_block(bint flipped, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const floating* a, Py_ssize_t ars,
+                    Py_ssize_t acs, const floating* panels, Py_ssize_t width, Py_ssize_t panel_step, floating* c,
+                    Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd, const floating* bias,
+                    floating* packed) noexcept nogil:
+    """c (m, n) = a (m, k) times the packed panels; a is packed first when its rows are not contiguous.
+
+    flipped: c is (n, m) and bias (m,); a's rows are contiguous then.
+    """
     cdef Py_ssize_t i, j, p, end, columns, n_rows
     cdef const floating* source
+    cdef const floating* panel
     if acs != 1:
-        for p from 0 <= p < m by A_PANEL:
-            n_rows = min(A_PANEL, m - p)
-            pack_panel(a + p * ars, acs, ars, k, n_rows, A_PANEL, packed + p * k)
+        pack_rows(a, acs, k, m, packed)
     for j from 0 <= j < n by width:
         columns = min(width, n - j)
+        panel = panels + j // width * panel_step
+        if flipped:
+            for i from 0 <= i < m by MR:
+                flip_tile(min(<Py_ssize_t>MR, m - i), columns, k, a + i * ars, ars, panel, width, c + j * ldc + i, ldc,
+                          add + j * ldadd + i if add is not NULL else NULL, ldadd,
+                          bias + i if bias is not NULL else NULL)
+            continue
         for p from 0 <= p < m by A_PANEL:
             end = min(p + A_PANEL, m)
             i = p
             while i < end:
                 n_rows = min(MR, end - i)
                 source = a + i * ars if acs == 1 else packed + p * k + (i - p)
-                tile(n_rows, columns, k, source, ars if acs == 1 else 1, 1 if acs == 1 else A_PANEL,
-                     panels + j // width * panel_step, width, c + i * ldc + j, ldc,
-                     add + i * ldadd + j if add is not NULL else NULL, ldadd,
+                tile(n_rows, columns, k, source, ars if acs == 1 else 1, 1 if acs == 1 else A_PANEL, panel, width,
+                     c + i * ldc + j, ldc, add + i * ldadd + j if add is not NULL else NULL, ldadd,
                      bias + j if bias is not NULL else NULL)
                 i = i + MR
 
@@ -81,21 +131,40 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     """c = a b + add + bias.  a: (M, K), b: (K, N) with strides of which one is 1; c, add: (M, N); bias: (N,).
 
     add and bias may be NULL; add may be c itself. Returns -1 when there is no memory for the packed operands.
+
+    The operand on the right is packed. Of x weight^T with few rows in x that would be the large one: then the
+    transpose, weight x^T, is computed, which reads weight in place.
     """
+    cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
+    if flipped:
+        return blocks(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
+    return blocks(False, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
+
+
+cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
+                const floating* a, Py_ssize_t ars, Py_ssize_t acs,
+                const floating* b, Py_ssize_t brs, Py_ssize_t bcs,
+                floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd,
+                const floating* bias, int n_threads) noexcept nogil:
+    """`gemm` cut into blocks; flipped: c and add are (N, M), bias is (M,) and a's rows are contiguous."""
     cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(floating)
     cdef Py_ssize_t k_limit = (K_BYTES if acs == 1 else K_BYTES_PACKED) // <Py_ssize_t>sizeof(floating)
     cdef Py_ssize_t n_k = max(ceil_div(K, k_limit), 1)
     cdef Py_ssize_t k_block = round_up(ceil_div(K, n_k), 16)
     cdef Py_ssize_t n_chunk = min(N_CHUNK, round_up(N, width))
-    cdef Py_ssize_t m_block, n_m, n_split, panels_each, k0, k, n0, n, n_panels, p, task, a_size
+    cdef Py_ssize_t m_block, n_m, n_split, panels_each, k0, k, n0, n, n_panels, p, task, a_size, at
     cdef const floating* start
+    cdef Py_ssize_t ldstart
     cdef const floating* last
     cdef floating* scratch
     cdef floating* packed
+    cdef bint by_panels
     if M == 0 or N == 0:
         return 0
     if <double>M * N * max(K, 1) < SERIAL_BELOW:
         n_threads = 1
+    # Few rows: a panel is packed and used at once, while it is in L2, by one thread.
+    by_panels = acs == 1 and M <= 2 * M_BLOCK and n_chunk >= 4 * width * n_threads
     # Equal blocks of rows, as many as a multiple of the threads; too few rows: columns are cut as well.
     n_m = ceil_div(M, M_BLOCK * n_threads) * n_threads
     m_block = round_up(ceil_div(M, n_m), MR)
@@ -108,29 +177,50 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     packed = scratch + n_chunk * k_block
     for n0 from 0 <= n0 < N by n_chunk:
         n = min(n_chunk, N - n0)
+        at = n0 * ldc if flipped else n0
         n_panels = ceil_div(n, width)
         panels_each = ceil_div(n_panels, n_split)
         k0 = 0
         while True:
             k = min(k_block, K - k0)
-            for p in prange(n_panels, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-                pack_panel(b + k0 * brs + (n0 + p * width) * bcs, brs, bcs, k, min(width, n - p * width), width,
-                           scratch + p * width * k_block)
-            start = add + n0 if add is not NULL else NULL
-            if k0 > 0:
-                start = c + n0
-            last = bias + n0 if bias is not NULL and k0 + k >= K else NULL
-            for task in prange(n_m * n_split, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-                grid_block(task, n_split, m_block, panels_each, M, n, k, a + k0 * acs, ars, acs, scratch, width,
-                           width * k_block, c + n0, ldc, start, ldc if k0 > 0 else ldadd, last,
-                           packed + a_size * threadid())
+            start = c + at
+            ldstart = ldc
+            if k0 == 0:
+                start = add + (n0 * ldadd if flipped else n0) if add is not NULL else NULL
+                ldstart = ldadd
+            last = bias if bias is not NULL and k0 + k >= K else NULL
+            if last is not NULL and not flipped:
+                last = bias + n0
+            if by_panels:
+                for p in prange(n_panels, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+                    panel_block(flipped, p * width, M, n, k, a + k0 * acs, ars, b + k0 * brs + n0 * bcs, brs, bcs,
+                                scratch + threadid() * width * k_block, width, c + at, ldc, start, ldstart, last)
+            else:
+                for p in prange(n_panels, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+                    pack_panel(b + k0 * brs + (n0 + p * width) * bcs, brs, bcs, k, min(width, n - p * width), width,
+                               scratch + p * width * k_block)
+                for task in prange(n_m * n_split, num_threads=n_threads, schedule="static",
+                                   use_threads_if=n_threads > 1):
+                    grid_block(flipped, task, n_split, m_block, panels_each, M, n, k, a + k0 * acs, ars, acs, scratch,
+                               width, width * k_block, c + at, ldc, start, ldstart, last,
+                               packed + a_size * threadid())
             k0 = k0 + k
             if k0 >= K:
                 break
     return 0
 
 
-cdef void grid_block(Py_ssize_t task, Py_ssize_t n_split, Py_ssize_t m_block, Py_ssize_t panels_each,
+cdef void panel_block(bint flipped, Py_ssize_t j, Py_ssize_t M, Py_ssize_t n, Py_ssize_t k, const floating* a,
+                      Py_ssize_t ars, const floating* b, Py_ssize_t brs, Py_ssize_t bcs, floating* panel,
+                      Py_ssize_t width, floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd,
+                      const floating* bias) noexcept nogil:
+    """All rows times the panel of columns from j on."""
+    cdef Py_ssize_t columns = min(width, n - j)
+    pack_panel(b + j * bcs, brs, bcs, k, columns, width, panel)
+    part(flipped, 0, j, M, columns, k, a, ars, 1, panel, width, 0, c, ldc, add, ldadd, bias, <floating*>NULL)
+
+
+cdef void grid_block(bint flipped, Py_ssize_t task, Py_ssize_t n_split, Py_ssize_t m_block, Py_ssize_t panels_each,
                      Py_ssize_t M, Py_ssize_t n, Py_ssize_t k, const floating* a, Py_ssize_t ars, Py_ssize_t acs,
                      const floating* panels, Py_ssize_t width, Py_ssize_t panel_step, floating* c, Py_ssize_t ldc,
                      const floating* add, Py_ssize_t ldadd, const floating* bias, floating* packed) noexcept nogil:
@@ -138,11 +228,21 @@ cdef void grid_block(Py_ssize_t task, Py_ssize_t n_split, Py_ssize_t m_block, Py
     cdef Py_ssize_t i = task // n_split * m_block
     cdef Py_ssize_t p = task % n_split * panels_each
     cdef Py_ssize_t j = p * width
-    if j >= n:
-        return
-    row_block(min(m_block, M - i), min(panels_each * width, n - j), k, a + i * ars, ars, acs,
-              panels + p * panel_step, width, panel_step, c + i * ldc + j, ldc,
-              add + i * ldadd + j if add is not NULL else NULL, ldadd, bias + j if bias is not NULL else NULL, packed)
+    if j < n:
+        part(flipped, i, j, min(m_block, M - i), min(panels_each * width, n - j), k, a, ars, acs,
+             panels + p * panel_step, width, panel_step, c, ldc, add, ldadd, bias, packed)
+
+
+cdef void part(bint flipped, Py_ssize_t i, Py_ssize_t j, Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const floating* a,
+               Py_ssize_t ars, Py_ssize_t acs, const floating* panels, Py_ssize_t width, Py_ssize_t panel_step,
+               floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd, const floating* bias,
+               floating* packed) noexcept nogil:
+    """m rows from i on times the panels of n columns from j on."""
+    cdef Py_ssize_t at = j * ldc + i if flipped else i * ldc + j
+    cdef Py_ssize_t at_add = j * ldadd + i if flipped else i * ldadd + j
+    row_block(flipped, m, n, k, a + i * ars, ars, acs, panels, width, panel_step, c + at, ldc,
+              add + at_add if add is not NULL else NULL, ldadd,
+              bias + (i if flipped else j) if bias is not NULL else NULL, packed)
 
 
 cdef int product(cnp.ndarray a, bint a_transposed, cnp.ndarray b, bint b_transposed, cnp.ndarray out,

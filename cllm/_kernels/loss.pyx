@@ -122,39 +122,33 @@ cdef inline double weight_of(int64_t target, int64_t ignore_index, const floatin
     return -1 if w == 0 and spread == 0 else w
 
 
-cdef void row_forward(const floating* z, int64_t target, double w, const floating* weight, double smoothing,
-                      double spread, double z_loss, Py_ssize_t V, floating* loss,
-                      floating* lse) noexcept nogil:
-    """The loss above, all taken from the largest element: logits of any size keep their digits.
-
-    w as from weight_of; spread = s m.
-    """
-    cdef floating largest = row_max(z, V)
-    cdef double log_total = log(row_sum_exp(z, largest, V))
-    cdef double whole = largest + log_total, hard = w * (1 - smoothing), value = 0
-    lse[0] = <floating>whole
-    if w >= 0:
-        if hard > 0:
-            value = hard * (log_total - (z[target] - largest))
-        if smoothing > 0 and weight == NULL:
-            value += smoothing * (log_total - row_mean(z, largest, V))
-        elif smoothing > 0:  # no probabilities here: keep = 0, and any array does for q
-            value += spread * log_total
-            value -= row_share(z, largest, weight, weight, 0, <floating>(smoothing / V), V)
-        if z_loss > 0:
-            value += w * z_loss * whole * whole
-    loss[0] = <floating>value
+cdef inline double others(const floating* z, floating largest, const floating* weight, double smoothing,
+                          Py_ssize_t V) noexcept nogil:
+    """s mean(weight (z - largest))."""
+    if smoothing == 0:
+        return 0
+    if weight == NULL:
+        return smoothing * row_mean(z, largest, V)
+    # no probabilities here: keep = 0, and any array does for q
+    return row_share(z, largest, weight, weight, 0, <floating>(smoothing / V), V)
 
 
-cdef void row_backward(const floating* z, int64_t target, double w, const floating* weight, double smoothing,
-                       double spread, double z_loss, floating lse, double dloss, Py_ssize_t V,
-                       floating* dz) noexcept nogil:
-    """dz = dloss ((w (1 - s) + s m + 2 w z_loss lse) softmax(z) - w (1 - s) onehot(target) - s weight / V).
+cdef inline double value_of(double w, double smoothing, double spread, double z_loss, double whole,
+                            double log_total, double near, double others) noexcept nogil:
+    """The loss, where w is not negative; near = z[target] - largest, whole = largest + log_total = lse."""
+    cdef double hard = w * (1 - smoothing), value = spread * log_total - others
+    if hard > 0:
+        value += hard * (log_total - near)
+    if z_loss > 0:
+        value += w * z_loss * whole * whole
+    return value
 
-    dz may be z. exp(z - lse) is divided by its sum, which would be 1 without rounding: a float32 lse of 1e4
-    is off by up to 5e-4, and the sum undoes that.
-    """
-    cdef double total = row_exp(z, lse, dz, V)
+
+cdef inline void to_gradient(floating* dz, int64_t target, double w, const floating* weight, double smoothing,
+                             double spread, double z_loss, double lse, double total, double dloss,
+                             Py_ssize_t V) noexcept nogil:
+    """dz, exponentials that add up to total, becomes
+    dloss ((w (1 - s) + s m + 2 w z_loss lse) softmax(z) - w (1 - s) onehot(target) - s weight / V)."""
     cdef double hard = w * (1 - smoothing)
     cdef floating scale = <floating>(dloss * (hard + spread + 2 * w * z_loss * lse) / total)
     cdef floating shift = <floating>(dloss * smoothing / V)
@@ -166,6 +160,49 @@ cdef void row_backward(const floating* z, int64_t target, double w, const floati
         for j in range(V):
             dz[j] = trimmed(dz[j]) * scale - shift * weight[j]
     dz[target] -= <floating>(dloss * hard)
+
+
+cdef void row_forward(const floating* z, int64_t target, double w, const floating* weight, double smoothing,
+                      double spread, double z_loss, Py_ssize_t V, floating* loss,
+                      floating* lse) noexcept nogil:
+    """The loss above, all taken from the largest element: logits of any size keep their digits.
+
+    w as from weight_of; spread = s m.
+    """
+    cdef floating largest = row_max(z, V)
+    cdef double log_total = log(row_sum_exp(z, largest, V))
+    cdef double whole = largest + log_total
+    lse[0] = <floating>whole
+    loss[0] = 0
+    if w >= 0:
+        loss[0] = <floating>value_of(w, smoothing, spread, z_loss, whole, log_total, z[target] - largest,
+                                     others(z, largest, weight, smoothing, V))
+
+
+cdef void row_backward(const floating* z, int64_t target, double w, const floating* weight, double smoothing,
+                       double spread, double z_loss, floating lse, double dloss, Py_ssize_t V,
+                       floating* dz) noexcept nogil:
+    """dz as from to_gradient; it may be z.
+
+    exp(z - lse) is divided by its sum, which would be 1 without rounding: a float32 lse of 1e4 is off by up
+    to 5e-4, and the sum undoes that.
+    """
+    cdef double total = row_exp(z, lse, dz, V)
+    to_gradient(dz, target, w, weight, smoothing, spread, z_loss, lse, total, dloss, V)
+
+
+cdef void row_both(floating* z, int64_t target, double w, const floating* weight, double smoothing,
+                   double spread, double z_loss, double dloss, Py_ssize_t V, floating* loss) noexcept nogil:
+    """The loss of row_forward, with its bits, and in z's place its gradient: each exponential is taken once.
+
+    w is not negative.
+    """
+    cdef floating largest = row_max(z, V)
+    cdef double near = z[target] - largest, rest = others(z, largest, weight, smoothing, V)
+    cdef double total = row_exp(z, largest, z, V)
+    cdef double log_total = log(total), whole = largest + log_total
+    loss[0] = <floating>value_of(w, smoothing, spread, z_loss, whole, log_total, near, rest)
+    to_gradient(z, target, w, weight, smoothing, spread, z_loss, whole, total, dloss, V)
 
 
 cdef void forward(const floating* logits, const int64_t* targets, const floating* weight, double mean_weight,
@@ -193,6 +230,22 @@ cdef void backward(const floating* dlosses, const floating* logits, const int64_
         else:
             row_backward(logits + i * V, targets[i], w, weight, smoothing, spread, z_loss, lse[i], dlosses[i],
                          V, dlogits + i * V)
+
+
+cdef void both(const floating* dlosses, floating* logits, const int64_t* targets, const floating* weight,
+               double mean_weight, int64_t ignore_index, double smoothing, double z_loss, floating* losses,
+               Py_ssize_t N, Py_ssize_t V, int n_threads) noexcept nogil:
+    """As forward and backward in one; logits becomes its gradient."""
+    cdef Py_ssize_t i
+    cdef double spread = smoothing * mean_weight, w
+    for i in prange(N, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        w = weight_of(targets[i], ignore_index, weight, spread)
+        if w < 0:
+            losses[i] = 0
+            memset(logits + i * V, 0, V * sizeof(floating))
+        else:
+            row_both(logits + i * V, targets[i], w, weight, smoothing, spread, z_loss, dlosses[i], V,
+                     losses + i)
 
 
 def cross_entropy_forward(cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray weight, double mean_weight,
@@ -229,6 +282,25 @@ def cross_entropy_backward(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray 
         with nogil:
             backward(<double*>data(dlosses), <double*>data(logits), t, <double*>data(lse), <double*>w,
                      mean_weight, ignore_index, smoothing, z_loss, <double*>data(dlogits), N, V, n_threads)
+
+
+def cross_entropy_both(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray weight,
+                       double mean_weight, int64_t ignore_index, double smoothing, double z_loss,
+                       cnp.ndarray losses, int n_threads):
+    """The losses, and in the place of logits their gradient."""
+    cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
+    cdef int64_t* t = <int64_t*>data(targets)
+    cdef void* w = data_or_null(weight)
+    if N * V < SERIAL_BELOW:
+        n_threads = 1
+    if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
+        with nogil:
+            both(<float*>data(dlosses), <float*>data(logits), t, <float*>w, mean_weight, ignore_index,
+                 smoothing, z_loss, <float*>data(losses), N, V, n_threads)
+    else:
+        with nogil:
+            both(<double*>data(dlosses), <double*>data(logits), t, <double*>w, mean_weight, ignore_index,
+                 smoothing, z_loss, <double*>data(losses), N, V, n_threads)
 
 
 # Cross-entropy of probabilities ----------------------------------------------------------------------

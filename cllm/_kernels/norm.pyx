@@ -11,12 +11,25 @@ cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange
 from libc.math cimport sqrt, sqrtf
-from libc.string cimport memcpy
+from libc.string cimport memset
 from numpy cimport PyArray_DATA as data
 
-from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
-
 cnp.import_array()
+
+cdef extern from "norm.h" nogil:
+    float cllm_row_sum_f32(const float* x, Py_ssize_t C)
+    double cllm_row_sum_f64(const double* x, Py_ssize_t C)
+    float cllm_row_squares_f32(const float* x, float mean, Py_ssize_t C)
+    double cllm_row_squares_f64(const double* x, double mean, Py_ssize_t C)
+    void cllm_row_products_f32(const float* dy, const float* x, const float* weight, float mean, Py_ssize_t C,
+                               float* plain, float* normed)
+    void cllm_row_products_f64(const double* dy, const double* x, const double* weight, double mean, Py_ssize_t C,
+                               double* plain, double* normed)
+    void cllm_row_backward_f32(const float* dy, const float* x, const float* weight, float mean, float rstd,
+                               float plain, float normed, float* dx, float* dweight, float* dbias, Py_ssize_t C)
+    void cllm_row_backward_f64(const double* dy, const double* x, const double* weight, double mean, double rstd,
+                               double plain, double normed, double* dx, double* dweight, double* dbias,
+                               Py_ssize_t C)
 
 cdef enum:
     ROW_BLOCK = 32          # rows of one partial sum
@@ -34,52 +47,17 @@ cdef inline floating root(floating x) noexcept nogil:
 
 
 cdef inline floating row_sum(const floating* x, Py_ssize_t C) noexcept nogil:
-    cdef Py_ssize_t block, k
-    cdef floating lane[LANES]
-    lanes_clear(lane)
-    for block in range(C // LANES):
-        for k in range(LANES):
-            lane[k] += x[k]
-        x += LANES
-    for k in range(C % LANES):
-        lane[k] += x[k]
-    return lanes_total(lane)
+    if floating is float:
+        return cllm_row_sum_f32(x, C)
+    else:
+        return cllm_row_sum_f64(x, C)
 
 
 cdef inline floating row_squares(const floating* x, floating mean, Py_ssize_t C) noexcept nogil:
-    """The sum of (x - mean)^2."""
-    cdef Py_ssize_t block, k
-    cdef floating lane[LANES]
-    lanes_clear(lane)
-    for block in range(C // LANES):
-        for k in range(LANES):
-            lane[k] += (x[k] - mean) * (x[k] - mean)
-        x += LANES
-    for k in range(C % LANES):
-        lane[k] += (x[k] - mean) * (x[k] - mean)
-    return lanes_total(lane)
-
-
-cdef inline void row_products(const floating* dy, const floating* x, const floating* weight, floating mean,
-                              floating rstd, Py_ssize_t C, floating* plain, floating* normed) noexcept nogil:
-    """plain = sum(dy weight), normed = sum(dy weight (x - mean) rstd)."""
-    cdef Py_ssize_t block, k
-    cdef floating a[LANES]
-    cdef floating b[LANES]
-    lanes_clear(a)
-    lanes_clear(b)
-    for block in range(C // LANES):
-        for k in range(LANES):
-            a[k] += dy[k] * weight[k]
-            b[k] += dy[k] * weight[k] * (x[k] - mean)
-        dy += LANES
-        x += LANES
-        weight += LANES
-    for k in range(C % LANES):
-        a[k] += dy[k] * weight[k]
-        b[k] += dy[k] * weight[k] * (x[k] - mean)
-    plain[0] = lanes_total(a)
-    normed[0] = lanes_total(b) * rstd
+    if floating is float:
+        return cllm_row_squares_f32(x, mean, C)
+    else:
+        return cllm_row_squares_f64(x, mean, C)
 
 
 cdef void forward_row(const floating* x, const floating* weight, const floating* bias, double eps,
@@ -99,55 +77,33 @@ cdef void forward_row(const floating* x, const floating* weight, const floating*
     rstd[0] = r
 
 
-cdef void backward_row(const floating* dy, const floating* x, const floating* weight, bint centred,
-                       floating mean, floating rstd, floating* dx, Py_ssize_t C) noexcept nogil:
+cdef inline void backward_row(const floating* dy, const floating* x, const floating* weight, bint centred,
+                              floating mean, floating rstd, floating* dx, floating* dweight, floating* dbias,
+                              Py_ssize_t C) noexcept nogil:
     """dx = rstd (g - mean(g) - h mean(g h)), h = (x - mean) rstd and g = dy weight; inverts forward_row.
-    Without centring, mean is 0 and mean(g) falls away."""
+    Without centring, mean is 0 and mean(g) falls away. dweight += dy h, dbias += dy."""
     cdef floating plain, normed
-    cdef Py_ssize_t j
-    row_products(dy, x, weight, mean, rstd, C, &plain, &normed)
+    if floating is float:
+        cllm_row_products_f32(dy, x, weight, mean, C, &plain, &normed)
+    else:
+        cllm_row_products_f64(dy, x, weight, mean, C, &plain, &normed)
     plain = plain / <floating>C if centred else <floating>0
-    normed = normed / <floating>C * rstd
-    for j in range(C):
-        dx[j] = rstd * (dy[j] * weight[j] - plain - (x[j] - mean) * normed)
-
-
-cdef inline void column_sums(const floating* dy, const floating* x, const floating* mean,
-                             const floating* rstd, floating* dweight, floating* dbias, Py_ssize_t N,
-                             Py_ssize_t C, Py_ssize_t n) noexcept nogil:
-    """dweight, dbias (n,): sums over N rows of dy (x - mean) rstd and of dy, for n <= LANES of C columns."""
-    cdef Py_ssize_t i, k
-    cdef floating a[LANES]
-    cdef floating b[LANES]
-    lanes_clear(a)
-    lanes_clear(b)
-    for i in range(N):
-        for k in range(n):
-            a[k] += dy[k] * ((x[k] - mean[i]) * rstd[i])
-            b[k] += dy[k]
-        dy += C
-        x += C
-    memcpy(dweight, a, n * sizeof(floating))
-    if dbias is not NULL:
-        memcpy(dbias, b, n * sizeof(floating))
+    normed = normed * rstd / <floating>C * rstd
+    if floating is float:
+        cllm_row_backward_f32(dy, x, weight, mean, rstd, plain, normed, dx, dweight, dbias, C)
+    else:
+        cllm_row_backward_f64(dy, x, weight, mean, rstd, plain, normed, dx, dweight, dbias, C)
 
 
 cdef void backward_block(const floating* dy, const floating* x, const floating* weight, bint centred,
-                         const floating* mean, const floating* rstd, floating* dx, floating* dweight, floating* dbias, Py_ssize_t N,
-                         Py_ssize_t C) noexcept nogil:
-    """dx, and the block's partial sums dweight, dbias (C,): these column by column, in registers."""
-    cdef Py_ssize_t i, j, group
-    if dweight is not NULL:
-        for group in range(C // LANES):
-            j = group * LANES
-            column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C,
-                        LANES)
-        if C % LANES > 0:
-            j = C - C % LANES
-            column_sums(dy + j, x + j, mean, rstd, dweight + j, NULL if dbias is NULL else dbias + j, N, C,
-                        C - j)
+                         const floating* mean, const floating* rstd, floating* dx, floating* dweight,
+                         floating* dbias, Py_ssize_t N, Py_ssize_t C) noexcept nogil:
+    """dx, and the block's partial sums dweight, dbias (C,), which stay in the first cache."""
+    cdef Py_ssize_t i
+    memset(dweight, 0, C * sizeof(floating))
+    memset(dbias, 0, C * sizeof(floating))
     for i in range(N):
-        backward_row(dy + i * C, x + i * C, weight, centred, mean[i], rstd[i], dx + i * C, C)
+        backward_row(dy + i * C, x + i * C, weight, centred, mean[i], rstd[i], dx + i * C, dweight, dbias, C)
 
 
 cdef void combine_columns(const floating* partials, Py_ssize_t stride, Py_ssize_t n_partials, floating* out,
@@ -193,8 +149,7 @@ cdef void backward(const floating* dy, const floating* x, const floating* weight
     for block in prange(n_partials, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
         i = block * ROW_BLOCK
         partial = partials + block * 2 * C
-        backward_block(dy + i * C, x + i * C, weight, centred, mean + i, rstd + i, dx + i * C,
-                       NULL if dweight is NULL else partial, NULL if dbias is NULL else partial + C,
+        backward_block(dy + i * C, x + i * C, weight, centred, mean + i, rstd + i, dx + i * C, partial, partial + C,
                        min(<Py_ssize_t>ROW_BLOCK, N - i), C)
     if dweight is not NULL:
         combine(partials, 2 * C, n_partials, dweight, C, accumulate, n_threads)

@@ -19,6 +19,13 @@ static inline __attribute__((always_inline)) void NAME(tile_body)(
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++)
             sum[i][j] = (NAME(vec)){0};
+    /* The lines of c arrive while the sums are made. */
+    if (k >= 256)
+#pragma GCC unroll 8
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++)
+            __builtin_prefetch(c + i * ldc + j * LANES, 1);
     for (; k > 0; k--) {
         NAME(vec) bv[CLLM_NV];
 #pragma GCC unroll 8

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from cllm._core import pool
 from cllm.data.tokens import Tokens, permute
 from cllm.errors import InputError
 
@@ -76,7 +77,17 @@ class Examples:
 
     def __getitem__(self, indices):
         mask = None if self.all.mask is None else self.all.mask[indices]
-        return Batch(self.all.inputs[indices], self.all.targets[indices], mask)
+        return Batch(_taken(self.all.inputs, indices), _taken(self.all.targets, indices), mask)
+
+
+def _taken(array, indices):
+    """array[indices], from the pool where it can be: numbers at an array of places from the first on."""
+    numbers = array.dtype.kind in "biufc" and array.dtype.isnative and type(array) is np.ndarray
+    places = isinstance(indices, np.ndarray) and indices.ndim == 1 and indices.dtype.kind in "iu"
+    if not (numbers and places and len(indices)) or indices.min() < 0 or indices.max() >= len(array):
+        return array[indices]
+    out = pool.empty((len(indices), *array.shape[1:]), array.dtype)
+    return np.take(array, indices, axis=0, out=out, mode="clip")  # "raise" would take a copy first
 
 
 def feed(dataset, what, block_size=None):

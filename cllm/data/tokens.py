@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from cllm._core import pool
 from cllm.errors import InputError
 
 __all__ = ["Tokens", "permute"]
@@ -85,7 +86,9 @@ class Tokens:
         starts = starts[0] if len(starts) == 1 else np.concatenate(starts)
         starts = starts[first % CHUNK : first % CHUNK + batch_size]
         windows = self.array[starts[:, None] + np.arange(block_size + 1)]
-        return windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
+        inputs, targets = (pool.empty((batch_size, block_size), np.int64) for _ in range(2))
+        inputs[...], targets[...] = windows[:, :-1], windows[:, 1:]
+        return inputs, targets
 
     def position(self, index, batch_size, block_size):
         """Where batch `index` begins: ``{"index", "epoch", "sample"}``, sample counting within the epoch."""

@@ -6,9 +6,9 @@ from copy import copy
 import numpy as np
 
 from cllm import kernels, rng
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm.errors import InputError
-from cllm.kernels import checks
 from cllm.tensor import Tensor, as_tensor, record
 
 

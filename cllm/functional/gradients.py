@@ -5,6 +5,7 @@ The first one after `zero_grad` assigns, later ones add; nothing is copied or cl
 
 import numpy as np
 
+from cllm._core.pool import empty
 from cllm.tensor import WRITTEN, Parameter
 
 
@@ -42,6 +43,29 @@ def written(tensors, arrays):
         else:
             results.append(array)
     return tuple(results)
+
+
+def claimed(x):
+    """An array for the gradient of x that the forward pass computes; None where x holds one already."""
+    if isinstance(x, Parameter):
+        return x.claim_grad()
+    return None if x.is_leaf and x.grad is not None else empty(x.data.shape, x.data.dtype)
+
+
+def still_claimed(x, array):
+    """Whether the array from `claimed` has not been taken by others since."""
+    return not isinstance(x, Parameter) or x.holds_claim(array)
+
+
+def delivered(x, array):
+    """What a backward function returns for x when an array that is still claimed holds its gradient."""
+    if not isinstance(x, Parameter) or not x.requires_grad:
+        return array
+    if x.grad is None:
+        x.grad_written(array)
+    else:  # the array is no place of x's, and another gradient came first
+        np.add(x.grad, array, out=x.grad)
+    return WRITTEN
 
 
 def data_of(x):

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from cllm import kernels
+from cllm._core import checks
 from cllm.errors import InputError
-from cllm.functional.gradients import targets_of, written
-from cllm.kernels import checks
+from cllm.functional.gradients import claimed, delivered, still_claimed, targets_of, written
 from cllm.kernels.loss import check_class_weight, check_numbers, check_targets
-from cllm.tensor import Tensor, _operands, _unbroadcast, as_tensor, record
+from cllm.tensor import Tensor, _operands, _unbroadcast, as_tensor, is_grad_enabled, record
 
 # Arguments and reductions ----------------------------------------------------------------------------
 
@@ -274,6 +274,11 @@ def linear_cross_entropy(
 ):  # fmt: skip
     """cross_entropy(linear(input, weight), target) in chunks of rows: the logits never exist as a whole.
 
+    Where gradients will be wanted, "mean" and "sum" compute them along with the losses, while a chunk's
+    logits are there; `backward` only scales them. The weight's wait where its `grad` will be. Should anything
+    else be put there in between, or is there a gradient to add to, each chunk's logits are computed again in
+    the backward pass.
+
     When nothing counts the mean is 0 and so are the gradients, as in `cross_entropy`.
 
     Parameters
@@ -309,23 +314,45 @@ def linear_cross_entropy(
     target = _classes(function, target, shape, _mask(function, mask, shape), ignore_index)
     x, w, targets = input.data.reshape(target.size, input.shape[-1]), weight.data, target.reshape(-1)
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    try:
-        losses, lse = kernels.linear_cross_entropy_forward(
-            x, w, targets, class_weight=class_weight, **options
+    with _input_errors():
+        options.update(zip(options, check_targets(function, "target", target, len(w), **options)))
+        check_class_weight(function, "class_weight", class_weight, len(w))
+    options["class_weight"] = class_weight
+    count = _count(targets, class_weight, ignore_index) if reduction == "mean" else 1
+    if not count > 0:  # as if each row were ignored: no NaN comes to loss or gradient
+        targets, count = np.full_like(targets, ignore_index), 1
+    needs = [is_grad_enabled() and y.requires_grad for y in (input, weight)]
+    dw = claimed(weight) if needs[1] and reduction != "none" else None
+    ready = None
+    if reduction == "none" or not any(needs) or (needs[1] and dw is None):
+        losses, _ = kernels.linear_cross_entropy_forward(x, w, targets, **options)
+    else:
+        ones = np.full(len(targets), 1 / count, x.dtype)  # the losses' gradients when the result's is 1
+        losses, *ready = kernels.linear_cross_entropy_both(
+            ones, x, w, targets, out=(None, dw), needs=needs, **options
         )
-    except (TypeError, ValueError) as error:
-        raise _refused(error, function, target, len(w), "class_weight", class_weight, **options) from None
-    losses, targets, count = _counted(losses, targets, class_weight, ignore_index, reduction)
     out, rows = _reduced(losses, shape, reduction, count)
     shape = input.shape
 
     def backward(grad):
-        (dw,), add = targets_of(weight)
-        dx, dw = kernels.linear_cross_entropy_backward(
-            rows(grad), x, w, targets, lse, class_weight=class_weight, out=(None, dw), accumulate=add,
-            **options,
-        )  # fmt: skip
-        return dx.reshape(shape), *written((weight,), (dw,))
+        nonlocal ready
+        (dx, dw), add = ready or (None, None), False
+        early, ready = ready is not None and (not needs[1] or still_claimed(weight, dw)), None
+        if not early:
+            (dw,), add = targets_of(weight) if needs[1] else ((None,), False)
+            # the bits of the early gradients, unless there are others to add to
+            dlosses = rows(grad) if add or reduction == "none" else np.full(len(targets), 1 / count, x.dtype)
+            _, dx, dw = kernels.linear_cross_entropy_both(
+                dlosses, x, w, targets, out=(None, dw), accumulate=add, needs=needs, **options
+            )
+        if not add and reduction != "none" and grad != 1:
+            for array in (dx, dw):
+                if array is not None:
+                    kernels.scale_(array, float(grad))
+        dx = None if dx is None else dx.reshape(shape)
+        if not needs[1]:
+            return dx, None
+        return dx, delivered(weight, dw) if early else written((weight,), (dw,))[0]
 
     return record(out, (input, weight), backward)
 

@@ -57,6 +57,7 @@ from cllm.kernels.loss import (
     l1_backward,
     l1_forward,
     linear_cross_entropy_backward,
+    linear_cross_entropy_both,
     linear_cross_entropy_forward,
     mse_backward,
     mse_forward,

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import attention as _attention
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 
 
 def _heads(function, name, x):

@@ -2,9 +2,10 @@
 
 import math
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import elementwise as _elementwise
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 
 _CODES = {name: code for code, name in enumerate(_elementwise.ACTIVATIONS)}
 

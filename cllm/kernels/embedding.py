@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import embedding as _embedding
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 
 
 def embedding_forward(tokens, weight, out=None):

@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import gemm as _gemm
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 from cllm.kernels.elementwise import ACTIVATIONS, activate, activate_backward
 
 
@@ -38,12 +39,11 @@ def linear_forward(x, weight, bias=None, out=None):
     """
     inputs = x, weight, bias = checks.floats("linear_forward", x=x, weight=weight, bias=bias)
     check_linear("linear_forward", x, weight)
-    n_out, n_in = weight.shape
+    n_out = len(weight)
     if bias is not None and bias.shape != (n_out,):
         raise ValueError(f"linear_forward: bias is {bias.shape}, it must be {(n_out,)}")
     out = checks.result("linear_forward", out, (*x.shape[:-1], n_out), x.dtype, inputs)
-    n = checks.n_rows(x)
-    _gemm.linear_forward(x.reshape(n, n_in), weight, bias, out.reshape(n, n_out), threads.count)
+    _gemm.linear_forward(checks.rows(x), weight, bias, checks.rows(out), threads.count)
     return out
 
 
@@ -88,10 +88,8 @@ def linear_backward(dy, x, weight, *, bias=True, out=None, accumulate=False):
 
 def _linear_gradients(dy, x, weight, dx, dweight, dbias, accumulate):
     """`linear_backward` on checked arrays; dbias may be None."""
-    n_out, n_in = weight.shape
-    n = checks.n_rows(x)
-    dy, x = dy.reshape(n, n_out), x.reshape(n, n_in)
-    _gemm.linear_backward_input(dy, weight, dx.reshape(n, n_in), threads.count)
+    dy, x = checks.rows(dy), checks.rows(x)
+    _gemm.linear_backward_input(dy, weight, checks.rows(dx), threads.count)
     _gemm.linear_backward_weight(dy, x, dweight, accumulate, threads.count)
     if dbias is not None:
         _gemm.column_sums(dy, dbias, accumulate, threads.count)

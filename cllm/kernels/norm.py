@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import norm as _norm
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 
 
 def _check_norm(function, x, weight, bias):

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import optimizers as _optimizers
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 from cllm.kernels.linear import matmul
 
 

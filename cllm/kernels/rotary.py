@@ -5,9 +5,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from cllm._core import checks
 from cllm._core.pool import empty
 from cllm._kernels import rotary as _rotary
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 
 # Bytes of a table that is kept: each layer of a step asks for the same one. Eight of them are 64 MB at most;
 # beyond 16384 positions of 128 float32 channels, computing one again is little beside attention itself.

@@ -1,7 +1,8 @@
 """Softmax and log-softmax over the last axis."""
 
+from cllm._core import checks
 from cllm._kernels import softmax as _softmax
-from cllm.kernels import checks, threads
+from cllm.kernels import threads
 
 
 def _row_length(x):

@@ -192,7 +192,7 @@ class Module:
 
         Each parameter becomes a view that starts at a multiple of 16 elements; the gaps are zero. Optimizers,
         norms and checkpoints then work on few long arrays. A flat parameter's `grad` is always the same
-        memory: after `zero_grad`, the next backward overwrites what an earlier `grad` showed.
+        memory: after `zero_grad`, the next loss or backward overwrites what an earlier `grad` showed.
 
         Parameters
         ----------

@@ -57,13 +57,14 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
     """
     _check_limit("max_norm", max_norm)
     grads = _gradients(parameters)
+    joined = spans.joined(grads)
     if norm_type == 2:
-        norm = math.sqrt(sum(kernels.sum_of_squares(grad) for grad in spans.joined(grads)))
+        norm = math.sqrt(sum(map(kernels.sum_of_squares, joined)))
     else:
-        norm = _norm(spans.joined(grads), norm_type)
+        norm = _norm(joined, norm_type)
     if error_if_nonfinite and not math.isfinite(norm):
         raise RuntimeError(f"clip_grad_norm_: the norm of the gradients is {norm}, it must be finite")
-    _scale_to_norm(grads, max_norm, norm)
+    _scale_to_norm(grads, joined, max_norm, norm)
     return norm
 
 
@@ -87,14 +88,16 @@ def clip_grads_with_norm_(parameters, max_norm, total_norm):
         When `max_norm` is negative or NaN.
     """
     _check_limit("max_norm", max_norm)
-    _scale_to_norm(_gradients(parameters), max_norm, total_norm)
+    grads = _gradients(parameters)
+    _scale_to_norm(grads, spans.joined(grads), max_norm, total_norm)
 
 
-def _scale_to_norm(grads, max_norm, norm):
+def _scale_to_norm(grads, joined, max_norm, norm):
+    """Scale the gradients, which `joined` holds in fewer arrays."""
     factor = max_norm / (norm + 1e-6)
     if not factor >= 1 and max_norm < math.inf:
         # A NaN must not reach the zeros between neighbours.
-        for grad in grads if math.isnan(factor) else spans.joined(grads):
+        for grad in grads if math.isnan(factor) else joined:
             kernels.scale_(grad, factor)
 
 

@@ -84,7 +84,7 @@ class Adam(Optimizer):
     """
 
     elementwise = True
-    _kernel = staticmethod(kernels.adam_update)
+    _kernel = "adam_update"
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *,
@@ -96,7 +96,7 @@ class Adam(Optimizer):
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     def update(self, group, param, grad, step, state):
-        self._kernel(
+        getattr(kernels, self._kernel)(
             param, grad, state["exp_avg"], state["exp_avg_sq"], step=step, lr=group["lr"],
             betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
             v_max=state.get("max_exp_avg_sq"), maximize=group["maximize"],
@@ -113,7 +113,7 @@ class AdamW(Adam):
     cllm.kernels.adamw_update : the equations
     """
 
-    _kernel = staticmethod(kernels.adamw_update)
+    _kernel = "adamw_update"
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, amsgrad=False, *,

@@ -17,8 +17,8 @@ def join(columns):
     start = 0
     for i in range(1, len(columns) + 1):
         if i < len(columns):
-            gaps = {kernels.gap(a, b) for a, b in zip(columns[i - 1], columns[i])}
-            if len(gaps) == 1 and gaps != {-1}:
+            gaps = list(map(kernels.gap, columns[i - 1], columns[i]))
+            if gaps[0] != -1 and gaps.count(gaps[0]) == len(gaps):
                 continue
         yield start, i
         start = i

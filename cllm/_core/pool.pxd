@@ -1,0 +1,2 @@
+"""The pool, for `cimport`."""
+cpdef object empty(object shape, object dtype=*)
