@@ -5,10 +5,11 @@ calls as ``kernels.name(...)``, and of the Trainer's parts. Between these steps 
 A kernel's time includes the checks at its door; what the wrappers themselves cost counts nowhere.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import isfunction
 from math import prod
+from threading import Lock, get_ident
 from time import perf_counter
 
 import numpy as np
@@ -23,6 +24,7 @@ WARM_UP, EVERY = 3, 32
 _OTHERS = ("alibi_slopes", "gap", "get_num_threads", "set_num_threads", "span")  # no work on numbers
 #: The functions that are timed.
 KERNELS = tuple(name for name, f in vars(kernels).items() if isfunction(f) and name not in _OTHERS)
+_timing = Lock()  # held while a step is timed
 
 
 # Work ------------------------------------------------------------------------------------------------
@@ -187,11 +189,13 @@ class Profile:
         self.overhead = 0.0  # seconds that timing costs
 
     def step(self, update):
-        """update(), timed when its turn has come."""
+        """update(), timed when its turn has come, unless one of another Trainer is."""
         self.seen += 1
-        if self.seen <= WARM_UP or (self.seen - WARM_UP - 1) % EVERY:
+        if self.seen <= WARM_UP or (self.seen - WARM_UP - 1) % EVERY or not _timing.acquire(blocking=False):
             return update()
-        with self._wrapped():
+        with ExitStack() as stack:
+            stack.callback(_timing.release)
+            stack.enter_context(self._wrapped())
             self.inside[:] = [0.0]
             overhead, began = self.overhead, perf_counter()
             try:
@@ -220,9 +224,11 @@ class Profile:
 
     def _timed(self, function, kernel, row):
         """The function with its time, and a kernel's work, added to the row."""
-        inside, flops_of = self.inside, FLOPS.get(kernel)
+        inside, flops_of, thread = self.inside, FLOPS.get(kernel), get_ident()
 
         def timed(*args, **options):
+            if get_ident() != thread:  # no part of this step
+                return function(*args, **options)
             inside.append(0.0)
             returned = False
             overhead, began = self.overhead, perf_counter()

@@ -10,6 +10,7 @@ for the matrix product; those that train a GPT fast are in `cllm.functional`.
 """
 
 import math
+import threading
 from collections import namedtuple
 from contextlib import ContextDecorator
 from itertools import accumulate
@@ -336,7 +337,7 @@ class Tensor(Fields):
             raise ValueError(f"grad: got shape {value.shape}, the tensor is {self.data.shape}")
         target = self.grad_target()[0]
         target[...] = value
-        _set_grad(self, target)
+        self.grad_written(target)
 
     def grad_target(self):
         """The array to write this leaf's gradient to, and whether to add to what it holds."""
@@ -355,7 +356,7 @@ class Tensor(Fields):
             np.add(target, grad, out=target)
         else:
             target[...] = grad
-            _set_grad(self, target)
+            self.grad_written(target)
 
     def backward(self, gradient=None, retain_graph=False):
         """Write the gradient of this tensor with respect to each leaf that requires it into its `grad`.
@@ -889,6 +890,7 @@ class Tensor(Fields):
 
 results_are(Tensor)
 _set_grad = Tensor._grad.__set__  # past Parameter.__setattr__, which is for users
+_TAKEN = object()
 
 
 class Parameter(Tensor):
@@ -902,13 +904,14 @@ class Parameter(Tensor):
     requires_grad : bool
     """
 
-    __slots__ = ("_buffer", "_claim")
+    __slots__ = ("_buffer", "_claim", "claiming")
 
     def __init__(self, data, requires_grad=True):
         super().__init__(data, requires_grad)
         self.data = np.require(self.data, requirements="CAW")
         self._buffer = None  # this parameter's place in the model's block of gradients
-        self._claim = None  # what `claim_grad` gave last, while nobody else has asked for that place
+        self._claim = None  # what `claim_grad` gave last; _TAKEN while a backward pass fills that place
+        self.claiming = threading.RLock()
 
     def __setattr__(self, name, value):
         if name == "data" and getattr(self, "_buffer", None) is not None:
@@ -931,37 +934,42 @@ class Parameter(Tensor):
         self.grad = grad
 
     def grad_target(self):
-        if self._claim is not None:
-            self._claim = None
         if self._grad is not None:
+            self._claim = None
             return self._grad, True
-        if self._buffer is not None:
-            return self._buffer, False
-        return empty(self.data.shape, self.data.dtype), False
+        if self._buffer is None:
+            return empty(self.data.shape, self.data.dtype), False
+        with self.claiming:
+            self._claim = _TAKEN
+        return self._buffer, False
 
     def grad_written(self, array):
-        if self._claim is None:
-            _set_grad(self, array)
-        else:
-            _set_grad(self, self._buffer if array is self._claim else array)
-            self._claim = None
+        _set_grad(self, array)
+        self._claim = None
 
     def claim_grad(self):
         """An array for a gradient that is computed before `backward`; None while this parameter holds one.
 
-        Where gradients have a place of their own, the array is that place: what is in it counts only while
-        `holds_claim` says so. The next claim, and whatever asks for `grad_target`, ends it.
+        Where gradients have a place of their own, the array is that place: what is in it counts only if
+        `take_claim` says so. The next claim, and whatever asks for `grad_target`, ends it. It must be filled
+        under the lock `claiming`, for which a backward pass in another thread waits.
         """
-        if self._grad is not None:
+        if self._grad is not None or self._claim is _TAKEN:
             return None
         if self._buffer is None:
             return empty(self.data.shape, self.data.dtype)
         self._claim = self._buffer.view()  # known by its identity
         return self._claim
 
-    def holds_claim(self, array):
-        """Whether the array from `claim_grad` still is what its claimant left there."""
-        return self._buffer is None or array is self._claim
+    def take_claim(self, array):
+        """The `grad_target` that holds what the claimant of the array left there; None if it was ended."""
+        if self._buffer is None:
+            return array
+        with self.claiming:
+            if array is not self._claim:
+                return None
+            self._claim = _TAKEN
+        return self._buffer
 
 
 # Operations on several tensors, and parts of methods -------------------------------------------------

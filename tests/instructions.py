@@ -136,6 +136,7 @@ def main():
     more = {name: n for name, n in counts.items() if name in before and n > MOST * before[name]}
     fewer = sum(name in before and n * MOST < before[name] for name, n in counts.items())
     wrong = [f"{name}: {n:,} instructions, {n / before[name] - 1:+.0%}" for name, n in more.items()]
+    wrong += [f"{name}: nothing was counted" for name, n in counts.items() if not n]
     wrong += [f"{name}: not in {FILE.name}" for name in counts if name not in before]
     wrong += [f"{name}: in {FILE.name}, but not called" for name in before if name not in counts]
     print(f"instructions: {len(counts)} kernels, {len(more)} over {MOST - 1:.0%} more, {fewer} fewer")

@@ -86,6 +86,25 @@ def test_measure_takes_turns_and_counts_rounds():
     assert "".join(calls) == "aaabbb" + "aabb" + "bbaa" + "aabb" + "bbaa"
 
 
+def test_each_side_runs_with_its_threads():
+    found = {1: set(), 2: set()}
+    sides = {("CLLM", n): lambda n=n: found[n].add(kernels.kernels.get_num_threads()) for n in found}
+    with timing.threads_of_all():
+        timing.measure(sides, timing.Effort(2, 0))
+    assert found == {1: {1}, 2: {2}}
+
+
+def test_share_of_the_peak_and_gain_of_threads(monkeypatch):
+    flops = bench.flops_of(*steps.SIZES["tiny"])
+    seconds = {("CLLM", 1): [2.0, 4.0], ("CLLM", 2): [1.0, 4.0], ("peak", 1): [0.5, 0.8], ("peak", 2): [0.5]}
+    monkeypatch.setattr(timing, "measure", lambda sides, effort: seconds)
+    monkeypatch.setattr(ceilings, "fma", lambda n: (None, n * flops))
+    step, share, *_, gain = steps.rows("tiny", [1, 2], None, QUICK)
+    assert (step["samples"], step["flops"]) == ({"CLLM": [2.0, 4.0]}, flops)
+    assert share["samples"] == {"CLLM": [0.25, 0.125]}  # of 2 flops a second, the peak's best round
+    assert (gain["unit"], gain["samples"]) == ("x of 1 thread", {"CLLM": [2.0, 1.0]})
+
+
 def test_threads_come_back():
     before = bench.kernels.kernels.get_num_threads()
     with timing.threads_of_all():
@@ -139,6 +158,7 @@ def test_targets_and_sizes_go_together():
     assert set(kernels.GROUPS) < set(bench.GROUPS)
     products = list(kernels.cases("gemm"))
     assert len(products) == len({case.name for case in products}) == 5 * 5 * 3
+    assert (products[0].more["shape"], products[0].flops) == ([256, 192, 64], 2 * 256 * 192 * 64)
     every = [case for group in kernels.GROUPS for case in kernels.cases(group)]
     assert all(case.n_bytes > 0 and case.target for case in every)
 
@@ -216,6 +236,16 @@ def test_an_interrupted_bench_keeps_its_rows(small, no_torch, tmp_path, capsys, 
     assert len(rows) == 5
 
 
+def test_a_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
+    path = tmp_path / records.FILE
+    path.write_text('{"group": "ste')
+    records.append(path, {"environment": {"CPU": "new", "CLLM": "1"}})
+    records.append(path, time_row())
+    environment, rows = records.load(tmp_path)
+    assert environment["CPU"] == "new"
+    assert len(rows) == 1
+
+
 def test_rows_of_another_machine_are_left_out(tmp_path):
     path = tmp_path / records.FILE
     records.append(path, {"environment": {"CPU": "old", "CLLM": "1"}})
@@ -265,6 +295,11 @@ def test_processes_measure_themselves(monkeypatch):
     assert len(row["samples"]["CLLM"]) == process.STEPS
     (row,) = process.import_rows(None, timing.Effort(1, 0))
     assert records.numbers(row)[0] > 0
+
+
+def test_what_torch_imports_late_is_no_memory_of_its_step():
+    pytest.importorskip("torch")
+    assert process._measured("steps", "tiny", 1, "torch")["extra"] < 50 * process.MB
 
 
 def test_a_process_that_fails_says_why():

@@ -1,5 +1,7 @@
 """Losses of cllm.functional: gradients, parity with torch, masks, counts and splits, errors."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -456,6 +458,47 @@ def test_losses_that_share_a_head_add_up():
     head.weight.grad = expected_grad(head, 1)
     first.backward()
     assert close(head, 0, 1)
+
+
+def test_another_threads_loss_leaves_the_gradient_alone(monkeypatch):
+    """Its forward pass may last until after this one's backward pass, which writes to the same place."""
+    head = Head()
+    both, started, over = cllm.kernels.linear_cross_entropy_both, threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        if threading.current_thread() is other:
+            started.set()
+            over.wait(0.3)
+        return both(*args, **options)
+
+    monkeypatch.setattr(cllm.kernels, "linear_cross_entropy_both", slow)
+    other = threading.Thread(target=losses_of, args=(head, 1))
+    other.start()
+    started.wait(10)
+    losses_of(head, 0).backward()
+    over.set()
+    other.join()
+    assert close(head, 0)
+
+
+@pytest.mark.parametrize("kernel", ["embedding_backward", "scale_"])
+def test_a_loss_during_a_backward_pass_leaves_the_gradient_alone(kernel, monkeypatch):
+    """As of another thread while a kernel of this one runs."""
+    head, alone, original = Head(), Head(), getattr(cllm.kernels, kernel)
+
+    def disturbed(*args, **options):
+        result = original(*args, **options)
+        losses_of(head, 1)
+        return result
+
+    def backward(model):
+        loss = F.embedding(TOKENS, model.weight).sum() if kernel != "scale_" else losses_of(model, 0) * 0.3
+        loss.backward()
+
+    backward(alone)
+    monkeypatch.setattr(cllm.kernels, kernel, disturbed)
+    backward(head)
+    assert np.array_equal(head.weight.grad, alone.weight.grad)
 
 
 def test_a_tied_table_adds_to_the_heads_gradient():

@@ -466,6 +466,9 @@ def test_linear_cross_entropy_takes_class_weights_and_z_loss(shape, dtype, monke
     assert both(dlosses, x, weight, targets, out=(None, total), accumulate=True, **options)[2] is total
     assert_close((total - 1,), (wanted[1],), dtype)
     assert_same_at_any_thread_count(lambda: both(dlosses, x, weight, targets, **options))
+    for out in (total, (None, total, None)):
+        with pytest.raises(TypeError, match="linear_cross_entropy_both: out must be a tuple of 2 arrays"):
+            both(dlosses, x, weight, targets, out=out, **options)
 
 
 # Element by element ----------------------------------------------------------------------------------

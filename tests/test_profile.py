@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,33 @@ def test_originals_are_back_after_an_exception(text_file, tmp_path, often):
     assert originals() == before
     assert not any(method in vars(trainer) for method in PARTS)
     check(json.loads((tmp_path / "run" / "summary.json").read_text())["profile"], steps=2)
+
+
+def test_steps_of_two_threads(often):
+    """One of them is timed, without the other's kernels, and the originals are back."""
+    before, first, second = originals(), *(profile.Profile(SimpleNamespace(), {}) for _ in range(2))
+    inside, over = threading.Event(), threading.Event()
+
+    def longer():
+        kernels.scale_(np.ones(3), 2.0)
+        inside.set()
+        over.wait(10)
+
+    other = threading.Thread(target=lambda: [second.step(update) for update in (list, longer)])
+
+    def update():
+        other.start()
+        inside.wait(10)
+
+    first.step(list)
+    first.step(update)
+    over.set()
+    other.join()
+    assert originals() == before
+    assert (first.steps, second.steps) == (1, 0)
+    assert first.rows["scale_"].calls == 0
+    assert [first.step(list), first.step(list)] == [[], []]
+    assert first.steps == 2
 
 
 def test_a_resumed_run(text_file, tmp_path, often):

@@ -2,8 +2,9 @@
 
 K is cut into blocks and B's block is packed into panels as wide as a register tile (threads share
 this work); then each thread takes blocks of rows of A, small enough for its L2 cache, and runs the
-tiles of `tile.h` over all panels. Blocks of K depend on K alone, and an element is summed along K by one
-tile at a time in the order of k: the bits depend neither on the thread count nor on how M and N are cut.
+tiles of `tile.h` over all panels. Blocks of K depend on K and on whether A is packed (as for dW, but for that
+of a single output), and an element is summed along K by one tile at a time in the order of k: the bits depend
+neither on the thread count nor on how M and N are cut.
 """
 cimport numpy as cnp
 from cython cimport floating
@@ -152,7 +153,7 @@ cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     cdef Py_ssize_t n_k = max(ceil_div(K, k_limit), 1)
     cdef Py_ssize_t k_block = round_up(ceil_div(K, n_k), 16)
     cdef Py_ssize_t n_chunk = min(N_CHUNK, round_up(N, width))
-    cdef Py_ssize_t m_block, n_m, n_split, panels_each, k0, k, n0, n, n_panels, p, task, a_size, at
+    cdef Py_ssize_t m_block, n_m, n_split, panels_each, k0, k, n0, n, n_panels, p, task, a_size, b_size, at
     cdef const floating* start
     cdef Py_ssize_t ldstart
     cdef const floating* last
@@ -171,10 +172,11 @@ cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     n_m = ceil_div(M, m_block)
     n_split = ceil_div(n_threads, n_m)
     a_size = 0 if acs == 1 else round_up(m_block, A_PANEL) * k_block
-    scratch = <floating*>cllm_scratch((n_chunk * k_block + a_size * n_threads + 16) * sizeof(floating))
+    b_size = (n_threads * width if by_panels else n_chunk) * k_block
+    scratch = <floating*>cllm_scratch((b_size + a_size * n_threads + 16) * sizeof(floating))
     if scratch is NULL:
         return -1
-    packed = scratch + n_chunk * k_block
+    packed = scratch + b_size
     for n0 from 0 <= n0 < N by n_chunk:
         n = min(n_chunk, N - n0)
         at = n0 * ldc if flipped else n0

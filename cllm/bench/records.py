@@ -7,6 +7,7 @@ what it measured; of rows that were measured again the newest counts.
 """
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -108,8 +109,12 @@ def noisy(row):
 
 def append(path, record):
     """Add one environment or row to the file; a line is with the operating system when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a process was killed while it wrote
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def load(directory):

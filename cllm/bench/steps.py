@@ -137,6 +137,7 @@ def torch_step(torch, shape):
 
     @functools.cache
     def compiled():  # not before it is wanted: the compiler is large
+        torch.compiler.reset()  # one function compiled 8 times would run eagerly from then on
         return torch.compile(model)
 
     return step, lambda: step(compiled()), sum(p.numel() for p in parameters)

@@ -3,6 +3,8 @@
 The first one after `zero_grad` assigns, later ones add; nothing is copied or cleared.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 
 from cllm._core.pool import empty
@@ -45,20 +47,23 @@ def written(tensors, arrays):
     return tuple(results)
 
 
+@contextmanager
 def claimed(x):
-    """An array for the gradient of x that the forward pass computes; None where x holds one already."""
+    """An array for the gradient of x, to be filled in this context; None where x holds one already."""
     if isinstance(x, Parameter):
-        return x.claim_grad()
-    return None if x.is_leaf and x.grad is not None else empty(x.data.shape, x.data.dtype)
+        with x.claiming:
+            yield x.claim_grad()
+    else:
+        yield None if x.is_leaf and x.grad is not None else empty(x.data.shape, x.data.dtype)
 
 
-def still_claimed(x, array):
-    """Whether the array from `claimed` has not been taken by others since."""
-    return not isinstance(x, Parameter) or x.holds_claim(array)
+def taken(x, array):
+    """The array from `claimed`, from now on only for `delivered`; None if others have taken it since."""
+    return x.take_claim(array) if isinstance(x, Parameter) else array
 
 
 def delivered(x, array):
-    """What a backward function returns for x when an array that is still claimed holds its gradient."""
+    """What a backward function returns for x when the array from `taken` holds its gradient."""
     if not isinstance(x, Parameter) or not x.requires_grad:
         return array
     if x.grad is None:

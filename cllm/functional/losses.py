@@ -6,14 +6,14 @@ parts of a batch over the count of the whole are the loss, and have the gradient
 
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
 from cllm import kernels
 from cllm._core import checks
 from cllm.errors import InputError
-from cllm.functional.gradients import claimed, delivered, still_claimed, targets_of, written
+from cllm.functional.gradients import claimed, delivered, taken, targets_of, written
 from cllm.kernels.loss import check_class_weight, check_numbers, check_targets
 from cllm.tensor import Tensor, _operands, _unbroadcast, as_tensor, is_grad_enabled, record
 
@@ -322,22 +322,25 @@ def linear_cross_entropy(
     if not count > 0:  # as if each row were ignored: no NaN comes to loss or gradient
         targets, count = np.full_like(targets, ignore_index), 1
     needs = [is_grad_enabled() and y.requires_grad for y in (input, weight)]
-    dw = claimed(weight) if needs[1] and reduction != "none" else None
     ready = None
-    if reduction == "none" or not any(needs) or (needs[1] and dw is None):
+    with claimed(weight) if needs[1] and reduction != "none" else nullcontext() as dw:
+        if reduction != "none" and any(needs) and (dw is not None or not needs[1]):
+            ones = np.full(len(targets), 1 / count, x.dtype)  # the losses' gradients when the result's is 1
+            losses, *ready = kernels.linear_cross_entropy_both(
+                ones, x, w, targets, out=(None, dw), needs=needs, **options
+            )
+    if ready is None:
         losses, _ = kernels.linear_cross_entropy_forward(x, w, targets, **options)
-    else:
-        ones = np.full(len(targets), 1 / count, x.dtype)  # the losses' gradients when the result's is 1
-        losses, *ready = kernels.linear_cross_entropy_both(
-            ones, x, w, targets, out=(None, dw), needs=needs, **options
-        )
     out, rows = _reduced(losses, shape, reduction, count)
     shape = input.shape
 
     def backward(grad):
         nonlocal ready
         (dx, dw), add = ready or (None, None), False
-        early, ready = ready is not None and (not needs[1] or still_claimed(weight, dw)), None
+        early, ready = ready is not None, None
+        if early and needs[1]:
+            dw = taken(weight, dw)
+            early = dw is not None
         if not early:
             (dw,), add = targets_of(weight) if needs[1] else ((None,), False)
             # the bits of the early gradients, unless there are others to add to

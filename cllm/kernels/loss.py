@@ -462,9 +462,12 @@ def linear_cross_entropy_both(
         function, x, weight, targets, class_weight, ignore_index, label_smoothing, z_loss
     )
     _check_rows(function, len(targets), dlosses=dlosses)
+    out = (None, None) if out is None else out
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"{function}: out must be a tuple of 2 arrays (dx, dweight)")
     names = [name for name, needed in zip(("dx", "dweight"), needs) if needed]
     shapes = [array.shape for array, needed in zip((x, weight), needs) if needed]
-    out = [array for array, needed in zip(out or (None, None), needs) if needed]
+    out = [array for array, needed in zip(out, needs) if needed]
     found = checks.results(function, out, names, shapes, x.dtype, inputs, ("dweight",) if accumulate else ())
     found = dict(zip(names, found))
     dx, dweight = found.get("dx"), found.get("dweight")
