@@ -485,16 +485,6 @@ def _linear_cross_entropy(door, a, weight=False, **options):
     return {"losses": losses, "lse": lse} | _named("dx dweight", gradients)
 
 
-def _linear_cross_entropy_both(door, a, weight=False, **options):
-    options["class_weight"] = a.class_weight if weight else None
-    found = door.linear_cross_entropy_both(a.dlosses, a.x, a.weight, a.targets, **options)
-    return _named("losses dx dweight", found)
-
-
-def _torch_linear_cross_entropy_both(torch, a, **options):
-    return {"losses": _torch_linear_cross_entropy(torch, a, **options)["losses"]}
-
-
 def _torch_linear_cross_entropy(torch, a, weight=False, **options):
     logits = torch.nn.functional.linear(a.x, a.weight)
     return _torch_hard_losses(torch, logits, a.targets, a.class_weight if weight else None, **options)
@@ -887,19 +877,6 @@ TABLE = (
         },
         compute=_linear_cross_entropy,
         torch=_torch_linear_cross_entropy,
-        options=({}, {"weight": True, "label_smoothing": 0.1, "z_loss": 0.01}),
-    ),
-    Operation(
-        name="linear_cross_entropy (both)",
-        calls="linear_cross_entropy_both",
-        sizes={"N": (0, 40), "C": (0, 40), "V": (1, 140)},
-        large={"N": 301, "C": 33, "V": 157},
-        inputs={
-            "x": "N C", "weight": "V C", "targets": _tokens("N", "V", -100),
-            "class_weight": _uniform("V", 0.1, 2.0), "dlosses": "N",
-        },
-        compute=_linear_cross_entropy_both,
-        torch=_torch_linear_cross_entropy_both,
         options=({}, {"weight": True, "label_smoothing": 0.1, "z_loss": 0.01}),
     ),
     _elementwise_loss("mse", "mse_loss"),

@@ -571,12 +571,6 @@ def linear_cross_entropy_backward(
     return linear_backward(dlogits, x, weight, bias=False)[:2]
 
 
-def linear_cross_entropy_both(dlosses, x, weight, targets, **options):
-    """`linear_cross_entropy_forward` and its gradients -> losses (N,), dx, dweight."""
-    losses, lse = linear_cross_entropy_forward(x, weight, targets, **options)
-    return losses, *linear_cross_entropy_backward(dlosses, x, weight, targets, lse, **options)
-
-
 # Elementwise losses ----------------------------------------------------------------------------------
 # All arrays have one shape; the gradient is that of input.
 
