@@ -8,6 +8,7 @@ modules are imported by the command that needs them, so that `cllm --help` answe
 """
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import cllm
-from cllm import userfile
+from cllm import parallel, userfile
 from cllm.errors import InputError, nearest, plain_notes
 
 __all__ = ["main"]
@@ -79,7 +80,8 @@ def _complain(message, status):
 def _dispatch(argv):
     overrides = {}
     if argv and argv[0] in ("train", "resume", "sweep"):
-        rest, overrides = _split_overrides(argv[1:])
+        with parallel.here().agreeing():
+            rest, overrides = _split_overrides(argv[1:])
         argv = [argv[0], *rest]
     parser = _parser()
     try:
@@ -361,8 +363,10 @@ def _train(options):
     from cllm import config, train
 
     name = {"name": Path(options.config).stem} if options.config else {}
-    wanted = config.load(options.config, options.overrides)
-    for note in config.notes(wanted):
+    units = parallel.here()
+    with units.agreeing():
+        wanted = config.load(options.config, options.overrides)
+    for note in config.notes(wanted) if units.rank == 0 else ():
         print(f"cllm: note: {note}", file=sys.stderr)
     return _status(train.Trainer(wanted, **name).fit())
 
@@ -385,6 +389,12 @@ def _status(summary):
 def _sweep(options):
     from cllm import sweep
 
+    units = parallel.here()
+    with units.agreeing():
+        if units.size > 1:
+            raise InputError(
+                f"mpirun started {units.size} processes of cllm sweep, which starts its own: --workers N"
+            )
     directory = options.overrides.pop("run.dir", None) or Path("runs", Path(options.file).stem)
     plan = sweep.Sweep.load(options.file, options.overrides)
     if options.dry_run:
@@ -550,9 +560,9 @@ def _resumed(directory, overrides=None):
     from cllm import train
 
     path = Path(directory, "summary.json")
-    before = path.read_bytes() if path.is_file() else None
+    before = json.loads(path.read_bytes()) if path.is_file() else None
     summary = train.resume(directory, overrides)
-    return summary, before is not None and path.read_bytes() == before
+    return summary, summary == before
 
 
 def _heading(number, text):

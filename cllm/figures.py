@@ -25,7 +25,7 @@ MAX_LINES = len(MARKERS)
 MAX_PANELS = 8
 MAX_RAW = 4  # more raw training curves on one axis make a haze in which none can be followed
 # What `metric_curves` draws only when it is asked to: what the loss curves show, or what time it took.
-NOT_METRICS = ("loss", "perplexity", "lr", "grad_norm", "tokens_per_s", "examples_per_s", "seconds")
+NOT_METRICS = ("loss", "perplexity", "lr", "grad_norm")
 
 # What an axis says for a key; any other key stands for itself.
 AXIS_NAMES = {
@@ -582,7 +582,7 @@ def _metrics(splits_of):
 
 
 def _is_metric(name):
-    return name not in NOT_METRICS and not name.startswith(("time", "memory"))
+    return name not in NOT_METRICS and not records.is_timing(name)
 
 
 def _is_series(run, split, metric):

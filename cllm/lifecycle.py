@@ -17,7 +17,7 @@ import numpy as np
 
 import cllm
 from cllm import config as configs
-from cllm import kernels, progress, records, rng, userfile
+from cllm import kernels, parallel, progress, records, rng, userfile
 from cllm.errors import InputError
 from cllm.files import write_atomic
 
@@ -51,6 +51,7 @@ class Lifecycle:
         self.config = config
         self.progress = progress
         self.name = name
+        self.units = parallel.here()
         self.stop = False
         self.step = 0
         self.seconds = 0.0
@@ -72,17 +73,22 @@ class Lifecycle:
             For data or a model that cannot be, or a directory that holds a run already. Nothing has been
             written then.
         """
-        if self.config.run.dir:
-            _refuse_used(Path(self.config.run.dir))
-        self._build()
-        self._create_directory()
+        with self.units.agreeing():
+            if self.config.run.dir and self.units.rank == 0:
+                _refuse_used(Path(self.config.run.dir))
+            self._build()
+            if self.units.rank == 0:
+                self._create_directory()
+        if self.units.size > 1:
+            self.run_dir = Path(self.units.of_first(str(getattr(self, "run_dir", ""))))
         return self._run()
 
     def _build(self):
         userfile.forget()  # what another run of this process left in a file's variables is not this one's
         rng.manual_seed(self.config.train.seed)  # for modules that a file makes while it is run
         self.files = user_files(self.config)
-        self.threads = self.config.train.threads or kernels.get_num_threads()  # the most that it uses
+        # The most that it uses; the processing units of a machine share its cores.
+        self.threads = self.config.train.threads or max(1, kernels.get_num_threads() // self.units.local)
 
     def _create_directory(self):
         if self.config.run.dir:
@@ -98,18 +104,20 @@ class Lifecycle:
 
     def _run(self):
         """Train from the current step to the last; write the summary."""
-        if self.step == 0:  # also when a run that has no checkpoint yet is resumed: files may have changed
+        leading = self.units.rank == 0
+        # Also when a run without a checkpoint is resumed: files may have changed.
+        if leading and self.step == 0:
             userfile.keep(self.files, self.run_dir / FILES)
             self._first_files()
-        self.recorder = records.Recorder(self.run_dir)
-        self.shown = self.progress or progress.choose()
+        self.recorder = records.Recorder(self.run_dir) if leading else records.Nowhere()
+        self.shown = (self.progress or progress.choose()) if leading else progress.Silent()
         self.shown.start(self)
         threads_before = kernels.get_num_threads()
         self.began = perf_counter() - self.seconds
         state, error = "interrupted", None
         try:
             kernels.set_num_threads(self.threads)
-            with _deferred_interrupt() as interrupt:
+            with _deferred_interrupt() as interrupt, self.units.together():
                 self._train(interrupt)
             state = "finished"
         except Diverged as diverged:
@@ -120,7 +128,7 @@ class Lifecycle:
         finally:
             self.recorder.close()
             summary = self._summary(state, error)
-            if state != "interrupted":
+            if leading and state != "interrupted":
                 records.write_summary(self.run_dir, summary)
             kernels.set_num_threads(threads_before)
             self.shown.end(summary)
@@ -152,6 +160,7 @@ class Lifecycle:
             "memory_peak_mb": _memory_peak_mb(),
             "isa": kernels.isa,
             "threads": self.threads,
+            "units": self.units.size,
             "versions": {
                 "cllm": cllm.__version__,
                 "python": platform.python_version(),

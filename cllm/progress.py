@@ -8,7 +8,7 @@ import numbers
 import sys
 import time
 
-from cllm import profile
+from cllm import profile, records
 
 __all__ = ["Bar", "Lines", "Silent", "choose"]
 
@@ -127,7 +127,10 @@ class Bar:
     def evaluation(self, record):
         self.console.print(_evaluation_line(record))
         # The first metric stays in view: the loss is there anyway, perplexity says the same.
-        shown = {key: value for key, value in record.items() if key not in (*_COMMON, "perplexity")}
+        shown = {
+            key: value for key, value in record.items()
+            if key not in (*_COMMON, "perplexity") and not records.is_timing(key)
+        }  # fmt: skip
         if figures := _figures(shown, decimals=3):
             self.evaluated = f"{record['split']} {figures[0]}"
 
@@ -184,7 +187,7 @@ def _start_line(trainer):
 
 
 # What a record has besides what was measured.
-_COMMON = ("step", "split", "loss", "lr", "grad_norm", "tokens_per_s", "examples_per_s", "seconds")
+_COMMON = ("step", "split", "loss", "lr", "grad_norm")
 
 
 def _speed(record, unit):
@@ -196,7 +199,9 @@ def _speed(record, unit):
 def _figures(record, decimals, most=4):
     """A record's loss and what else was measured, in words: the first numbers, no lists."""
     shown = {"loss": record["loss"]} if "loss" in record else {}
-    shown |= {key: value for key, value in record.items() if key not in _COMMON}
+    shown |= {
+        key: value for key, value in record.items() if key not in _COMMON and not records.is_timing(key)
+    }
     figures = []
     for key, value in shown.items():
         if value is None:

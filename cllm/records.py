@@ -7,6 +7,7 @@ no infinity: such a number is written as null and read as NaN. A number that was
 import json
 import math
 import os
+import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,17 @@ import numpy as np
 from cllm.errors import InputError, nearest
 from cllm.files import write_atomic
 
-__all__ = ["METRICS", "Recorder", "Run", "load", "number", "plain", "write_summary"]
+__all__ = ["METRICS", "Nowhere", "Recorder", "Run", "is_timing", "load", "number", "plain", "write_summary"]
 
 #: What the records of a language model have, next to "step" and "split"; metrics and callbacks add to it.
-METRICS = {"train": ("loss", "lr", "grad_norm", "tokens_per_s"), "val": ("loss", "perplexity", "seconds")}
+METRICS = {
+    "train": (
+        "loss", "lr", "grad_norm", "tokens_per_s", "time_data", "time_forward", "time_backward",
+        "time_optimizer",
+    ),
+    "val": ("loss", "perplexity", "seconds"),
+}  # fmt: skip
+_TIMING = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
 
 
 class Recorder:
@@ -78,6 +86,22 @@ class Recorder:
         self._file.close()
         write_atomic(self.path, b"".join(line for line, record in _lines(self.path) if wanted(record)))
         self._open()
+
+
+class Nowhere:
+    """A Recorder of a process that leaves the writing to another one."""
+
+    def write(self, record):
+        pass
+
+    def truncate(self, step):
+        pass
+
+    def sync(self):
+        pass
+
+    def close(self):
+        pass
 
 
 def write_summary(run_dir, summary):
@@ -210,6 +234,11 @@ def load(path):
             f"{path} holds no run (config.toml, metrics.jsonl) and no sweep (trials/*/config.toml)"
         )
     return runs
+
+
+def is_timing(key):
+    """Whether a record's key tells of the machine: seconds, speed, memory; all others repeat exactly."""
+    return _TIMING.fullmatch(key) is not None
 
 
 def number(value):

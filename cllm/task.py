@@ -16,6 +16,7 @@ from cllm import rng, userfile
 from cllm.data.batch import feed
 from cllm.errors import InputError
 from cllm.metrics import a_count
+from cllm.records import is_timing
 from cllm.tensor import Tensor
 
 __all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "language_loss", "takes_any"]
@@ -24,10 +25,7 @@ __all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "l
 GIVEN = "given in Python"
 IGNORED = -100  # the target that cross-entropy leaves out
 # What records, and what `evaluate` returns, hold besides: a metric cannot have such a name.
-RESERVED = {
-    "step", "split", "loss", "lr", "grad_norm", "perplexity", "seconds", "tokens", "tokens_per_s",
-    "examples_per_s",
-}  # fmt: skip
+RESERVED = {"step", "split", "loss", "lr", "grad_norm", "perplexity", "tokens"}
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ def check_metric(name, metric):
     """Raise for a metric that cannot be recorded under its name."""
     if not isinstance(name, str) or not name:
         raise InputError(f"a metric's name is {name!r}, it must be a word")
-    if name in RESERVED:
+    if name in RESERVED or is_timing(name):
         raise InputError(f'a metric is named "{name}", which a record holds already; give it another name')
     if isinstance(metric, type):
         raise InputError(f"the metric {name!r} is the class {metric.__name__}, give an object of it")
@@ -253,6 +251,21 @@ def build(config):
     return task
 
 
+def language_targets(batch):
+    """A batch's targets, with -100 where its mask leaves one out."""
+    targets = batch.targets
+    if batch.mask is None:
+        return targets
+    if targets.dtype.kind == "u":  # in which -100 would be some class
+        targets = targets.astype(np.int64)
+    return np.where(batch.mask, targets, IGNORED)
+
+
+def target_count(batch):
+    """How many targets of a batch `language_loss` counts."""
+    return int(np.count_nonzero(language_targets(batch) != IGNORED))
+
+
 def language_loss(model, batch, reduction="sum", **options):
     """The cross-entropy of a model's outputs and a batch's integer targets, and how many it counts.
 
@@ -272,11 +285,7 @@ def language_loss(model, batch, reduction="sum", **options):
         () or of the targets' shape.
     count : int
     """
-    targets = batch.targets
-    if batch.mask is not None:
-        if targets.dtype.kind == "u":  # in which -100 would be some class
-            targets = targets.astype(np.int64)
-        targets = np.where(batch.mask, targets, IGNORED)
+    targets = language_targets(batch)
     if hasattr(model, "loss"):
         losses = model.loss(batch.inputs, targets, ignore_index=IGNORED, reduction=reduction, **options)
     else:

@@ -13,6 +13,7 @@ import re
 from collections import deque
 from dataclasses import fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from cllm import checkpoint as checkpoints
 from cllm import config as configs
-from cllm import data, kernels, metrics, optim, records, rng, schedules, userfile
+from cllm import data, kernels, metrics, optim, parallel, records, rng, schedules, userfile
 from cllm import task as tasks
 from cllm.data.batch import feed
 from cllm.data.tokenizers import load_tokenizer
@@ -87,6 +88,24 @@ class _ThreadChoice:
         return result
 
 
+class _Laps:
+    """Where a step's seconds go: each `end` names what was done since the one before."""
+
+    def __init__(self):
+        self.began = self.last = perf_counter()
+        self.seconds = {}
+
+    def end(self, name):
+        now = perf_counter()
+        key = f"time_{name}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + now - self.last
+        self.last = now
+
+    @property
+    def total(self):
+        return self.last - self.began
+
+
 class Trainer(Lifecycle):
     """One run: from a configuration to a directory with records, checkpoints and a summary.
 
@@ -131,6 +150,7 @@ class Trainer(Lifecycle):
 
     def fit(self):
         if self.config.task.run is not None:
+            _refuse_units(self.units)
             if self.given_callbacks:
                 raise InputError(NO_CALLBACKS)
             return OwnLoop(self.config, self.progress, self.name).fit()
@@ -162,7 +182,8 @@ class Trainer(Lifecycle):
             )
         self.model = task.model
         self.optimizer = optim.build(config.optim, self.model.named_parameters())
-        self.parameters = list(self.model.parameters())
+        self.gradients = optim.GradientBuffer(self.model.named_parameters())
+        self.leaves = self.units.leaves(train.grad_accum)
         self.batch_size = len(task.train) if train.batch_size == "full" else train.batch_size
         self.unit = f"{task.train.unit}s"
         self.callbacks = task.callbacks + self.given_callbacks
@@ -238,7 +259,7 @@ class Trainer(Lifecycle):
                 self.shown.evaluation(record)
         if train.sample_interval and self.step % train.sample_interval == 0:
             self.shown.sample(self.step, self._sample())
-        interrupted = interrupt.is_set()
+        interrupted = self.units.any(interrupt.is_set())
         if new_best or self._due(train.checkpoint_interval) or interrupted:
             self._save()
         if interrupted:
@@ -251,39 +272,61 @@ class Trainer(Lifecycle):
 
     def _update(self):
         """Forward and backward over the step's micro-batches, clip, update; the step's record."""
-        config, train = self.config, self.config.train
-        began = perf_counter()
-        lr = schedules.at(config.schedule, self.step, config.optim.lr, train.max_steps)
+        config, laps = self.config, _Laps()
+        lr = schedules.at(config.schedule, self.step, config.optim.lr, config.train.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total, count, examples = 0.0, 0, 0
-        for micro in range(train.grad_accum):
-            batch = self._batch(micro)
-            loss, n = self._loss(batch, micro)
-            if micro == 0:
-                assumed = n * train.grad_accum or 1  # the step's count, which only the last batch completes
-            total += loss.item()
-            count += n
-            examples += len(batch)
-            self._backward(loss, 1.0 / assumed)
+        batches = [self._batch(micro) for micro in self.leaves]
+        laps.end("data")
+        accumulate = self._one if config.train.grad_accum == 1 else self._several
+        total, count, examples = accumulate(batches, laps)
         loss = total / count if count else 0.0
-        norm = self._clip(1.0 if count in (assumed, 0) else assumed / count)
+        norm = self._clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
                 f"the loss is {loss:g} and the gradient's norm {norm:g} in step {self.step + 1} at learning "
                 f"rate {lr:g}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
             )
         self._apply()
+        laps.end("optimizer")
         self.step += 1
-        self.position += train.grad_accum
+        self.position += config.train.grad_accum
         return {
             "step": self.step,
             "split": "train",
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
-            f"{self.unit}_per_s": (count if self.unit == "tokens" else examples) / (perf_counter() - began),
+            f"{self.unit}_per_s": (count if self.unit == "tokens" else examples) / laps.total,
+            **laps.seconds,
         }
+
+    def _one(self, batches, laps):
+        """The gradient of a step's only micro-batch; its losses' sum, their count, its examples."""
+        total, count = self._loss(batches[0], 0)
+        laps.end("forward")
+        self._backward(total, 1.0 / (count or 1))
+        laps.end("backward")
+        return total.item(), count, len(batches[0])
+
+    def _several(self, batches, laps):
+        """As `_one`, of the sum over the leaves of all units."""
+        units, known, parts = self.units, None, []
+        if self.task.loss is None:  # a loss of one's own tells its count only afterwards
+            known = sum(units.gather(sum(map(tasks.target_count, batches))))
+        for micro, batch in zip(self.leaves, batches):
+            total, count = self._loss(batch, micro)
+            parts.append((total.item(), count, len(batch)))
+            laps.end("forward")
+            self._backward(total, 1.0 / (known or 1))
+            self.gradients.accumulate()
+            laps.end("backward")
+        self.gradients.sum(units)
+        total, count, examples = map(sum, zip(*chain.from_iterable(units.gather(parts))))
+        if known is None and count:
+            self.gradients.average(count)
+        laps.end("sum")
+        return total, count, examples
 
     def _batch(self, micro):
         return self.task.train.batch(
@@ -300,13 +343,9 @@ class Trainer(Lifecycle):
     def _backward(self, loss, factor):
         (loss * factor).backward()
 
-    def _clip(self, factor):
-        """Multiply the gradients, then limit their norm; what it was."""
-        if factor != 1.0:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    kernels.scale_(parameter.grad, factor)
-        return optim.clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
+    def _clip(self):
+        """Limit the norm of the gradients; what it was."""
+        return self.gradients.clip_norm(self.config.optim.grad_clip or math.inf)
 
     def _apply(self):
         self.optimizer.step()
@@ -324,12 +363,16 @@ class Trainer(Lifecycle):
         return {"step": self.step, "split": split, **result, "seconds": perf_counter() - began}
 
     def _log(self, record):
-        for callback in self.callbacks:
-            callback(self, record)
+        if self.units.rank == 0:
+            for callback in self.callbacks:
+                callback(self, record)
+        self.stop = self.units.of_first(self.stop)
         record.update({key: records.number(value) for key, value in record.items()})
         self.recorder.write(record)
 
     def _save(self):
+        if self.units.rank > 0:
+            return
         self.seconds = perf_counter() - self.began
         followed = self.task.followed
         state = {"position": self.task.train.position(self.position, self.config.train.batch_size)}
@@ -386,7 +429,7 @@ class Trainer(Lifecycle):
 
     @property
     def n_parameters(self):
-        return sum(parameter.data.size for parameter in self.parameters)
+        return sum(parameter.data.size for parameter in self.gradients.parameters.values())
 
     @property
     def description(self):
@@ -482,8 +525,18 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
         When there is no run, its data or the user's files have changed, or an override would make it
         another run.
     """
-    run_dir = Path(run_dir)
-    overrides = overrides or {}
+    with parallel.here().agreeing():
+        run = _resumed(Path(run_dir), overrides or {}, callbacks, progress, task)
+    if isinstance(run, dict):
+        return run
+    if run.units.rank == 0:  # only now that all units have read what is there
+        (run.run_dir / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
+        run._write_config()
+    return run._run()
+
+
+def _resumed(run_dir, overrides, callbacks, progress, task):
+    """A run at its newest checkpoint, ready to go on; the summary of one that has finished."""
     for key in overrides:
         if key not in {f"train.{name}" for name in RESUMABLE}:
             raise InputError(
@@ -507,6 +560,7 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
             raise InputError("task is given, but task.run is a loop of its own, which has none")
         if tasks.checked_callbacks(callbacks):
             raise InputError(NO_CALLBACKS)
+        _refuse_units(parallel.here())
         run = OwnLoop(config, progress)
     else:
         if config.task.build == tasks.GIVEN and task is None:
@@ -525,10 +579,12 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
         raise InputError(
             f"train.max_steps is {config.train.max_steps}, but {run_dir} has done {run.step} steps already"
         )
-    (run_dir / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
-    if config != saved:
-        run._write_config()
-    return run._run()
+    return run
+
+
+def _refuse_units(units):
+    if units.size > 1:
+        raise InputError(f"task.run is a loop of its own, which is one process; mpirun started {units.size}")
 
 
 def load(run_dir, checkpoint="last", task=None):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import cllm
-from cllm import checkpoint, cli, kernels, parity, profile
+from cllm import checkpoint, cli, kernels, parity, profile, records
 from cllm import config as configs
 from cllm.data import Examples
 from cllm.errors import InputError
@@ -47,8 +47,7 @@ def fit(text, run_dir, **values):
 
 def records_of(run_dir):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    timing = ("tokens_per_s", "seconds")
-    return [{key: x for key, x in json.loads(line).items() if key not in timing} for line in lines]
+    return [{key: x for key, x in json.loads(line).items() if not records.is_timing(key)} for line in lines]
 
 
 def arrays_of(run_dir):

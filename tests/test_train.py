@@ -62,8 +62,7 @@ def assert_same_weights(a, b):
 def untimed(run_dir):
     """The records as written, without timing fields."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    timing = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
-    return [{k: v for k, v in json.loads(line).items() if not timing.fullmatch(k)} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not records.is_timing(k)} for line in lines]
 
 
 def snapshot(run_dir):
@@ -196,20 +195,24 @@ def test_by_hand_equals_trainer(tmp_path, text_path):
 
 
 def test_micro_batches_by_hand_give_the_same_bits(tmp_path, text_path):
-    """With dropout, whose masks follow from (seed, step, micro-batch)."""
-    trainer, _ = fit(tiny(text_path, tmp_path / "run", train__grad_accum=3, train__max_steps=3))
+    """With dropout, whose masks follow from (seed, step, micro-batch); the gradients summed as a tree."""
+    trainer, _ = fit(tiny(text_path, tmp_path / "run", train__grad_accum=5, train__max_steps=3))
     text = data.load(text_path)
     model = cllm.GPT(trainer.model.config, seed=1337)
     optimizer = optim.build(trainer.config.optim, model.named_parameters())
     for step, record in enumerate(r for r in untimed(tmp_path / "run") if r["split"] == "train"):
-        batches = [text.train.batch(3 * step + micro, 4, 16, 1337) for micro in range(3)]
-        total = 0.0
+        batches = [text.train.batch(5 * step + micro, 4, 16, 1337) for micro in range(5)]
+        total, leaves = 0.0, []
         for micro, (tokens, targets) in enumerate(batches):
             rng.set_stream(1337, step, micro)
             loss = model.loss(tokens, targets, reduction="sum")
             total += loss.item()
-            (loss * (1.0 / (3 * 4 * 16))).backward()
-        assert record["loss"] == total / (3 * 4 * 16)
+            (loss * (1.0 / (5 * 4 * 16))).backward()
+            leaves.append([p.grad.copy() for p in model.parameters()])
+            model.zero_grad()
+        assert record["loss"] == total / (5 * 4 * 16)
+        for p, (a, b, c, d, e) in zip(model.parameters(), zip(*leaves)):
+            p.grad = ((a + b) + (c + d)) + e
         assert record["grad_norm"] == optim.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = record["lr"]

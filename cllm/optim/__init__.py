@@ -8,6 +8,7 @@ and remembered until then.
 """
 
 from cllm.optim.base import Optimizer
+from cllm.optim.buffer import GradientBuffer
 from cllm.optim.config import BY_NAME, OptimConfig, arguments, build, find
 from cllm.optim.gradients import (
     accumulate_grad_,
@@ -21,7 +22,8 @@ from cllm.optim.gradients import (
 from cllm.optim.rules import SGD, Adafactor, Adagrad, Adam, AdamW, Lion, Muon, RMSprop
 
 __all__ = [
-    "BY_NAME", "SGD", "Adafactor", "Adagrad", "Adam", "AdamW", "Lion", "Muon", "OptimConfig", "Optimizer",
-    "RMSprop", "accumulate_grad_", "arguments", "average_grad_", "build", "clip_grad_norm_",
-    "clip_grad_value_", "clip_grads_with_norm_", "find", "gradient_statistics", "update_ratios",
+    "BY_NAME", "SGD", "Adafactor", "Adagrad", "Adam", "AdamW", "GradientBuffer", "Lion", "Muon",
+    "OptimConfig", "Optimizer", "RMSprop", "accumulate_grad_", "arguments", "average_grad_", "build",
+    "clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "find", "gradient_statistics",
+    "update_ratios",
 ]  # fmt: skip
