@@ -2,24 +2,27 @@
 
 ``RUN/checkpoints/step-00000600/`` has model.safetensors, optimizer.safetensors and state.json, which holds
 the SHA-256 of each part. It is written as a hidden folder, forced to the disk, and then renamed.
-No part has a timestamp, so equal runs have equal files.
+No part has a timestamp, so equal runs have equal arrays in equal files.
 """
 
 import hashlib
 import json
-import os
-import shutil
+import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
+from cllm import arrays as array_files
+from cllm import files
 from cllm.errors import InputError
-from cllm.files import fsync
 
-__all__ = ["best", "clear", "load", "newest", "prune", "save"]
+__all__ = [
+    "best", "clear", "entry", "listed", "load", "load_newest", "newest", "prune", "save", "step_of", "tidy",
+    "verify",
+]  # fmt: skip
 
 ARRAY_FILES = ("model.safetensors", "optimizer.safetensors")
+STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 
 
 def save(run_dir, step, model_arrays, optimizer_arrays, state):
@@ -45,35 +48,36 @@ def save(run_dir, step, model_arrays, optimizer_arrays, state):
     Raises
     ------
     OSError
-        When it cannot be written; no checkpoint of that step is then there but an earlier one.
+        When it cannot be written: names the file. Other checkpoints are as they were, one of the same step
+        too, and nothing is left that a later `save` would meet.
     """
-    from safetensors.numpy import save_file
-
     state_sha256 = _state_sha256(step, state)  # first of all, as it refuses what is not JSON
+    run_dir = Path(run_dir)
     folder = _folder(run_dir)
-    folder.mkdir(exist_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover)
+    new = not folder.exists()
+    files.make_folder(folder)
+    tidy(run_dir)
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    temporary.mkdir()
-    hashes = {}
-    for name, arrays in zip(ARRAY_FILES, (model_arrays, optimizer_arrays)):
-        path = temporary / name
-        save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path)
-        fsync(path)
-        hashes[name] = _sha256(path)
-    text = json.dumps(
-        {"step": step, "state": state, "sha256": {**hashes, "state": state_sha256}}, indent=2
-    )  # fmt: skip
-    (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
-    fsync(temporary / "state.json")
-    fsync(temporary)
-    if final.exists():
-        _remove(final)
-    os.replace(temporary, final)
-    fsync(folder)
-    fsync(folder.parent)
+    temporary, old = folder / f".{final.name}.tmp", folder / f".{final.name}-old.tmp"
+    try:
+        files.make_folder(temporary)
+        hashes = {
+            name: array_files.write(temporary / name, arrays)
+            for name, arrays in zip(ARRAY_FILES, (model_arrays, optimizer_arrays))
+        }
+        text = _text({"step": step, "state": state, "sha256": {**hashes, "state": state_sha256}})
+        files.create(temporary / "state.json", [text])
+        files.fsync(temporary)
+        if final.exists():
+            files.rename(final, old)
+        files.rename(temporary, final)
+    except BaseException:
+        tidy(run_dir)
+        raise
+    files.fsync(folder)
+    if new:
+        files.fsync(run_dir)
+    tidy(run_dir)
     return final
 
 
@@ -94,12 +98,18 @@ def load(path):
     FileNotFoundError
         When there is no such checkpoint.
     """
-    from safetensors.numpy import load_file
-
     path = Path(path)
-    entry = _verified(path)
-    model_arrays, optimizer_arrays = (load_file(path / name) for name in ARRAY_FILES)
-    return model_arrays, optimizer_arrays, {**entry["state"], "step": entry["step"]}
+    found = entry(path)
+    loaded = []
+    for name in ARRAY_FILES:
+        try:
+            arrays, sha256 = array_files.read(path / name)
+        except FileNotFoundError:
+            raise InputError(f"{path / name} is missing") from None
+        if sha256 != found["sha256"][name]:
+            raise InputError(f"{path / name} is damaged: its SHA-256 is not the one in state.json")
+        loaded.append(arrays)
+    return *loaded, {**found["state"], "step": found["step"]}
 
 
 def newest(run_dir):
@@ -110,7 +120,15 @@ def newest(run_dir):
     UserWarning
         For each damaged one on the way: names it, and why it was passed over.
     """
-    return _first_complete(reversed(_all(run_dir)))
+    return _first(run_dir, verify)
+
+
+def load_newest(run_dir, only_best=False):
+    """The newest complete checkpoint, or the `best`, as `load` gives it; None when there is none.
+
+    Each file is read once, and a run that deletes old checkpoints meanwhile does no harm. Warns as `newest`.
+    """
+    return _first(run_dir, load, _is_best if only_best else None)
 
 
 def best(run_dir):
@@ -118,12 +136,12 @@ def best(run_dir):
 
     That is the newest one whose state says that the best evaluation was at its own step. Warns as `newest`.
     """
-    return _first_complete(path for path in reversed(_all(run_dir)) if _is_best(path))
+    return _first(run_dir, verify, _is_best)
 
 
 def prune(run_dir, keep=2):
-    """Delete all checkpoints but the `keep` newest and the best one."""
-    paths = _all(run_dir)
+    """Delete all checkpoints but the `keep` newest and the best one. OSError names one that stays."""
+    paths = listed(run_dir)
     kept = set(paths[-keep:]) | set([path for path in paths if _is_best(path)][-1:])
     for path in paths:
         if path not in kept:
@@ -132,77 +150,124 @@ def prune(run_dir, keep=2):
 
 def clear(run_dir):
     """Delete all checkpoints."""
-    for path in _all(run_dir):
+    for path in listed(run_dir):
         _remove(path)
+
+
+def listed(run_dir):
+    """The checkpoints' folders by step, complete or damaged; what is being written has another name."""
+    found = [path for path in _folder(run_dir).glob("step-*") if STEP.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path):
+    """The step that a checkpoint's folder is named after."""
+    return int(STEP.fullmatch(Path(path).name)[1])
+
+
+def tidy(run_dir):
+    """Clear away what a killed process left, as far as possible; nobody else may be writing."""
+    folder = _folder(run_dir)
+    for old in folder.glob(".step-*-old.tmp"):  # replaced, but the new one did not come to its place
+        final = old.with_name(old.name[1:].removesuffix("-old.tmp"))
+        if not final.exists():
+            with suppress(OSError):
+                files.rename(old, final)
+    for leftover in folder.glob(".step-*.tmp"):
+        with suppress(OSError):
+            files.remove(leftover)
+
+
+def entry(path):
+    """A checkpoint's state.json, verified by itself: a dict of "step", "state", "sha256".
+
+    Raises
+    ------
+    InputError
+        When it is damaged or missing: names the file.
+    FileNotFoundError
+        When there is no such checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    file = path / "state.json"
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    try:
+        found = json.loads(content)
+        intact = (
+            content == _text(found)  # every byte, not only what they mean
+            and found["sha256"].keys() == {*ARRAY_FILES, "state"}
+            and found["sha256"]["state"] == _state_sha256(found["step"], found["state"])
+            and isinstance(found["state"], dict)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise InputError(f"{file} is damaged: it does not match its own SHA-256")
+    named = STEP.fullmatch(path.resolve().name)  # a copy may have another name
+    if type(found["step"]) is not int or (named and int(named[1]) != found["step"]):
+        raise InputError(f"{file} is of step {found['step']}, which its folder's name does not say")
+    return found
 
 
 def _folder(run_dir):
     return Path(run_dir) / "checkpoints"
 
 
-def _all(run_dir):
-    """The checkpoints by step, complete or damaged; what is still being written has another name."""
-    return sorted(_folder(run_dir).glob("step-*"), key=lambda path: (len(path.name), path.name))
+def _first(run_dir, read, wanted=None):
+    """What `read` gives of the newest checkpoint that is whole; the damaged ones before it are named.
 
-
-def _first_complete(paths):
-    for path in paths:
+    The folder is listed anew after each: while a run trains, old checkpoints go and new ones come.
+    """
+    seen = set()
+    while left := [path for path in listed(run_dir) if path not in seen and (wanted is None or wanted(path))]:
+        path = left[-1]
+        seen.add(path)
         try:
-            _verified(path)
-            return path
+            return read(path)
         except (InputError, OSError) as error:
-            warnings.warn(f"passed over a damaged checkpoint: {error}", stacklevel=3)
+            if path.exists():  # else the run has deleted it
+                said = files.why(error) if isinstance(error, OSError) else error
+                warnings.warn(f"passed over a damaged checkpoint: {said}", stacklevel=3)
     return None
 
 
-def _verified(path):
-    """A checkpoint's state.json, after all hashes agreed."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    entry = _entry(path)
+def verify(path):
+    """The path of a checkpoint, after all hashes agreed."""
+    found = entry(path)
     for name in ARRAY_FILES:
-        if not (path / name).is_file():
-            raise InputError(f"{path / name} is missing")
-        if _sha256(path / name) != entry["sha256"][name]:
+        try:
+            with open(path / name, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise InputError(f"{path / name} is missing") from None
+        if sha256 != found["sha256"][name]:
             raise InputError(f"{path / name} is damaged: its SHA-256 is not the one in state.json")
-    return entry
-
-
-def _entry(path):
-    path = path / "state.json"
-    try:
-        entry = json.loads(path.read_bytes())
-        intact = (
-            entry["sha256"]["state"] == _state_sha256(entry["step"], entry["state"])
-            and set(ARRAY_FILES) <= entry["sha256"].keys()
-        )
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise InputError(f"{path} is damaged: it does not match its own SHA-256")
-    return entry
+    return path
 
 
 def _is_best(path):
     try:
-        entry = _entry(path)
+        found = entry(path)
     except (InputError, OSError):
         return False
-    return (entry["state"].get("best") or {}).get("step") == entry["step"]
+    best = found["state"].get("best")
+    return isinstance(best, dict) and best.get("step") == found["step"]
 
 
 def _remove(path):
     """Delete a checkpoint so that a half-deleted one never passes for one."""
-    doomed = path.with_name(f".{path.name}-old.tmp")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    doomed = path.with_name(f".{path.name}-gone.tmp")
+    files.rename(path, doomed)
+    files.remove(doomed)
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _text(entry):
+    return (json.dumps(entry, indent=2) + "\n").encode()
 
 
 def _state_sha256(step, state):

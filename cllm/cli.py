@@ -24,8 +24,12 @@ import numpy as np
 import cllm
 from cllm import parallel, userfile
 from cllm.errors import InputError, nearest, plain_notes
+from cllm.files import why
 
 __all__ = ["main"]
+
+TIMED_OUT, TERMINATED = 124, 143  # exit statuses as timeout(1) and shells have them
+CONFIGURED = ("train", "resume", "sweep", "verify-resume")  # commands with config keys as options
 
 # What `cllm quickstart --short` changes.
 SHORT_SWEEP = {"base.train.max_steps": 40}
@@ -43,8 +47,9 @@ def main(argv=None):
     Returns
     -------
     int
-        Exit status: 0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C, 141 when the reader of the
-        output has gone.
+        Exit status: 0, 1 for a failed run, 2 for bad input, 124 when train.max_minutes were over before the
+        run was (as timeout(1) has it), 130 after Ctrl-C, 141 when the reader of the output has gone, 143
+        after SIGTERM.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a model may write what a terminal's encoding lacks: ? then
         sys.stdout.reconfigure(errors="replace")
@@ -59,6 +64,10 @@ def main(argv=None):
         return 141
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
+    except SystemExit as stopped:
+        if stopped.code != TERMINATED:
+            raise
+        return _complain("stopped by SIGTERM", TERMINATED)
     except Exception as error:
         theirs = userfile.own_traceback(error)
         if theirs is not None:
@@ -67,8 +76,7 @@ def main(argv=None):
         if isinstance(error, InputError):
             return _complain(error, 2)
         if isinstance(error, OSError):
-            plain = error.strerror is None or error.filename is None
-            return _complain(error if plain else f"{error.strerror}: {error.filename}", 2)
+            return _complain(why(error), 2)
         raise
 
 
@@ -79,7 +87,7 @@ def _complain(message, status):
 
 def _dispatch(argv):
     overrides = {}
-    if argv and argv[0] in ("train", "resume", "sweep"):
+    if argv and argv[0] in CONFIGURED:
         with parallel.here().agreeing():
             rest, overrides = _split_overrides(argv[1:])
         argv = [argv[0], *rest]
@@ -200,7 +208,7 @@ def _key_hint(name, command):
     """A hint at the config key whose last part an option is, as --lr is of --optim.lr; or ""."""
     from cllm import config
 
-    if command not in ("train", "resume", "sweep") or not name.startswith("--"):
+    if command not in CONFIGURED or not name.startswith("--"):
         return ""
     last = name[2:].replace("-", "_").removeprefix("no_")
     keys = [key for key, _, _ in config.describe() if key.partition(".")[2] == last]
@@ -219,7 +227,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
     def command(run, help, description, *examples, **options):
-        name = run.__name__.removeprefix("_")
+        name = run.__name__.removeprefix("_").replace("_", "-")
         epilog = "\n".join(["examples:" if len(examples) > 1 else "example:", *(f"  {e}" for e in examples)])
         sub = commands.add_parser(
             name, help=help, description=textwrap.fill(description, 100), epilog=epilog, **options
@@ -252,7 +260,8 @@ def _parser():
         _resume,
         "go on with a run that was stopped",
         "Go on from a run's newest complete checkpoint, to the same weights as if it had never stopped. "
-        "A finished run is left as it is; --train.max-steps extends it.",
+        "A finished run is left as it is; --train.max-steps extends it, where the schedule would have had "
+        "the same learning rates so far, as constant, inverse_sqrt and, before its decay, wsd have.",
         "cllm resume runs/char",
         "cllm resume runs/char --train.max-steps 4000",
         usage="cllm resume RUN [--train.KEY VALUE ...]",
@@ -297,6 +306,57 @@ def _parser():
     sub.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="another seed, another text (0)")
     sub.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
 
+    sub = command(
+        _eval,
+        "measure a trained model",
+        "Print the loss and the metrics of a run's model on all of its validation split, or of another text.",
+        "cllm eval runs/char --split test --metrics accuracy,bits_per_byte",
+        "cllm eval runs/char --data.source notes.txt --checkpoint best",
+    )
+    sub.add_argument("directory", metavar="RUN", help="a run's directory")
+    sub.add_argument("--data.source", dest="source", metavar="PATH", help="a text, in the run's tokens")
+    sub.add_argument(
+        "--split", metavar="NAME", help="train, val, test or an evaluation's name (all of these)"
+    )
+    sub.add_argument("--metrics", metavar="A,B", help="besides those of the run's config")
+    sub.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
+
+    sub = command(
+        _replay,
+        "run a step that went wrong again, in float64 too",
+        "Say which layer went wrong first in a step that [guard] kept, because its loss or gradient was not "
+        "finite, or its loss a spike.",
+        "cllm replay runs/char",
+    )
+    sub.add_argument("directory", metavar="RUN", help="a run's directory")
+    sub.add_argument("--step", type=_whole(1), metavar="N", help="which one (the newest)")
+
+    sub = command(
+        _inspect,
+        "say what a run's checkpoints hold",
+        "List a run's checkpoints, each verified by its SHA-256, and what one of them holds: losses, "
+        "position, versions, optimizer, arrays by name. The exit status is 1 when one of them is damaged.",
+        "cllm inspect runs/char",
+        "cllm inspect runs/char --checkpoint best",
+    )
+    sub.add_argument("directory", metavar="RUN", help="a run's directory")
+    sub.add_argument(
+        "--checkpoint", type=_checkpoint, default="last", metavar="last|best|STEP", help="which one (last)"
+    )
+
+    sub = command(
+        _verify_resume,
+        "kill and resume a short run of a configuration, and compare the bits",
+        "Train a few steps without a stop; train them again with two kills (SIGKILL), each in a process of "
+        "its own; compare weights, optimizer and records. The exit status is 0 when all bits agree, else 1.",
+        "cllm verify-resume char.toml",
+        "cllm verify-resume char.toml --model.n-layer 2 --steps 9",
+        usage="cllm verify-resume CONFIG.toml [--steps N] [--minutes X] [--SECTION.KEY VALUE ...]",
+    )
+    sub.add_argument("config", metavar="CONFIG.toml", help="a run's configuration")
+    sub.add_argument("--steps", type=_whole(3), default=20, metavar="N", help="steps of the short run (20)")
+    sub.add_argument("--minutes", type=_minutes, default=10.0, metavar="X", help="at most so long (10)")
+
     command(
         _info,
         "versions, instruction set, threads, cache folder",
@@ -338,6 +398,24 @@ def _whole(least):
     return whole
 
 
+def _checkpoint(text):
+    """An argparse type: last, best, or a step."""
+    if text not in ("last", "best") and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not last, best or a step")
+    return text if text in ("last", "best") else int(text)
+
+
+def _minutes(text):
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def _config_table():
     """Each config key as an option with its default and what it may be."""
     from cllm import config
@@ -374,16 +452,17 @@ def _train(options):
 def _resume(options):
     summary, was_finished = _resumed(options.directory, options.overrides)
     if was_finished:
+        longer = f"{shlex.quote(options.directory)} --train.max-steps {2 * summary['step']}"
         print(
-            f"{options.directory} is finished after {summary['step']} steps and left as it is; to go on: "
-            f"{_command()} resume {shlex.quote(options.directory)} --train.max-steps {2 * summary['step']}"
+            f"{options.directory} is finished after {summary['step']} steps and left as it is; to go on, "
+            f"where the schedule allows that: {_command()} resume {longer}"
         )
     return _status(summary)
 
 
 def _status(summary):
     """The exit status of a run: 1 when it failed, such as by a loss that is no longer finite."""
-    return 0 if summary["state"] == "finished" else 1
+    return {"finished": 0, "interrupted": TIMED_OUT}.get(summary["state"], 1)
 
 
 def _sweep(options):
@@ -421,9 +500,9 @@ def _plot(options):
 
 
 def _sample(options):
-    from cllm import train
+    from cllm import saved
 
-    model, tokenizer = train.load(options.directory, checkpoint=options.checkpoint)
+    model, tokenizer = saved.load(options.directory, checkpoint=options.checkpoint)
     if tokenizer is None:
         raise InputError(f"{options.directory} has no tokenizer, so it has no text to continue")
     text = _continued(
@@ -431,6 +510,31 @@ def _sample(options):
         temperature=options.temperature, top_k=options.top_k, seed=options.seed,
     )  # fmt: skip
     print(text)
+    return 0
+
+
+def _eval(options):
+    from cllm import saved
+
+    found = saved.evaluate(
+        options.directory, options.source, options.split, options.checkpoint, options.metrics.split(",")
+        if options.metrics else (),
+    )  # fmt: skip
+    for split, values in found.items():
+        shown = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
+        print(f"{split}: {shown}")
+    return 0
+
+
+def _number(value):
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _replay(options):
+    from cllm.replay import replay
+
+    for line in replay(options.directory, options.step).lines():
+        print(line)
     return 0
 
 
@@ -445,6 +549,24 @@ def _continued(model, tokenizer, prompt, max_new_tokens, **choice):
         raise InputError(f"the prompt {prompt!r} has no token, it must have at least one")
     tokens = generate(model, given[None], max_new_tokens, **choice)
     return tokenizer.decode(tokens[0])
+
+
+def _inspect(options):
+    from cllm import inspect_run
+
+    lines, intact = inspect_run.lines(options.directory, options.checkpoint)
+    print("\n".join(lines))
+    return 0 if intact else 1
+
+
+def _verify_resume(options):
+    from functools import partial
+
+    from cllm import config, verify
+
+    wanted = config.load(options.config, options.overrides)
+    say = partial(print, flush=True)
+    return 0 if verify.resume_is_exact(wanted, options.steps, options.minutes, say) else 1
 
 
 def _info(options):
@@ -539,11 +661,11 @@ Files go to {Path("runs").resolve()}; what is finished there is reused."""
     except KeyboardInterrupt:
         again = f"{command} quickstart{' --short' if options.short else ''}"
         return _complain(f"interrupted; the same command goes on where this stopped: {again}", 130)
-    if _status(summary):
-        return 1
+    if status := _status(summary):
+        return status
 
     _heading(4, "sample")
-    model, tokenizer = train.load(run_directory)
+    model, tokenizer = cllm.load(run_directory)
     print(_continued(model, tokenizer, "def ", 300, temperature=0.8))
     print(
         f"""

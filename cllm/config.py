@@ -20,6 +20,8 @@ from cllm import gpt, kernels, metrics, optim, schedules, task, userfile
 from cllm.data import DataConfig
 from cllm.errors import InputError, nearest
 from cllm.gpt import GPTConfig
+from cllm.guard import GuardConfig
+from cllm.monitor import MonitorConfig
 from cllm.optim import OptimConfig
 from cllm.schedules import ScheduleConfig
 from cllm.task import LossConfig, TaskConfig
@@ -45,12 +47,18 @@ class TrainConfig:
     eval_interval, sample_interval, checkpoint_interval : int
         Steps between evaluations, generated lines, checkpoints. 0: no regular ones; the last step is
         evaluated and has a checkpoint in any case.
+    keep_checkpoints : int
+        How many of the newest checkpoints are kept, and the best one with them.
+    max_minutes : float
+        Minutes after which this process writes a checkpoint and ends; resuming counts anew. 0: no limit.
     seed : int
         Initial weights, batch order, dropout and generated lines follow from it.
     threads : int
         Threads of the kernels; 0 keeps what the process uses. Results do not depend on it.
     metrics : list of str
         Of `cllm.metrics.BY_NAME`: what evaluations measure besides the loss.
+    patience : int
+        Evaluations in a row without a better loss after which the run ends early; 0: it does not.
     profile : bool
         Time the kernels in a few of the steps; the run ends with a table, which its summary holds too.
     """
@@ -61,17 +69,21 @@ class TrainConfig:
     eval_interval: int = 250
     sample_interval: int = 0
     checkpoint_interval: int = 500
+    keep_checkpoints: int = 2
+    max_minutes: float = 0.0
     seed: int = 1337
     threads: int = 0
     metrics: tuple[str, ...] = ()
+    patience: int = 0
     profile: bool = False
 
     def __post_init__(self):
-        for name in ("batch_size", "grad_accum", "max_steps"):
+        for name in ("batch_size", "grad_accum", "max_steps", "keep_checkpoints"):
             value = getattr(self, name)
             if value != "full" and value < 1:
                 raise InputError(f"{name} is {value}, it must be at least 1")
-        for name in ("eval_interval", "sample_interval", "checkpoint_interval", "seed", "threads"):
+        intervals = ("eval_interval", "sample_interval", "checkpoint_interval")
+        for name in (*intervals, "max_minutes", "seed", "threads", "patience"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be 0 or more")
         if self.threads > kernels.MAX_THREADS:
@@ -104,6 +116,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self):

@@ -1,13 +1,16 @@
-"""What every run has, whoever trains: a directory, records, an end that its summary tells of.
+"""What every run has, whoever trains: a directory, records, checkpoints, an end that its summary tells of.
 
 `train.Trainer` and `loop.OwnLoop` are the two kinds of run.
 """
 
+import math
+import os
 import platform
 import resource
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +19,32 @@ from time import perf_counter
 import numpy as np
 
 import cllm
+from cllm import checkpoint as checkpoints
 from cllm import config as configs
 from cllm import kernels, parallel, progress, records, rng, userfile
 from cllm.errors import InputError
-from cllm.files import write_atomic
+from cllm.files import LOCK, Lock, clear_temporary, is_temporary, why, write_atomic
 
-__all__ = ["Diverged", "Lifecycle", "user_files"]
+__all__ = ["RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "stopping", "user_files"]
 
 FILES = "files"  # folder in a run's directory for copies of the user's files
+TERMINATED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM has ended, as shells have it
+# What a resumed run may change: all else would make it another run.
+RESUMABLE = (
+    "max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
+    "max_minutes", "threads", "profile",
+)  # fmt: skip
+
+
+RESUMABLE_KEYS = {f"train.{name}" for name in RESUMABLE}
 
 
 class Diverged(Exception):
     """The loss or the gradient is not finite any more; the message is one sentence for the summary."""
+
+
+class Unsaved(Exception):
+    """The last checkpoint could not be written; the message is one sentence for the summary."""
 
 
 class Lifecycle:
@@ -57,6 +74,12 @@ class Lifecycle:
         self.seconds = 0.0
         self.train_loss = self.best = None
         self.losses = {}  # the last loss of each evaluation, by its name
+        self.lock = None
+        self.environments = []  # what the run was computed with, from which step on
+        self.checkpoint_seconds = 0.0  # of this process
+        self.unsaved = None  # why the newest checkpoint could not be written
+        minutes = config.train.max_minutes
+        self.deadline = perf_counter() + 60 * minutes if minutes else math.inf
 
     def fit(self):
         """Train from the first step in a new run directory.
@@ -65,13 +88,16 @@ class Lifecycle:
         -------
         dict
             What summary.json holds. ``state`` is "finished", or "failed" with an ``error`` when the loss
-            is no longer finite.
+            is no longer finite or the last checkpoint cannot be written. It is "interrupted", and there is
+            no summary.json, when train.max_minutes are over; a checkpoint is written then.
 
         Raises
         ------
         InputError
-            For data or a model that cannot be, or a directory that holds a run already. Nothing has been
-            written then.
+            For data or a model that cannot be, or a directory that holds a run already or is in use by
+            one. Nothing has been written then.
+        KeyboardInterrupt, SystemExit
+            After SIGINT (Ctrl-C) and SIGTERM, when the step is done and a checkpoint is written.
         """
         with self.units.agreeing():
             if self.config.run.dir and self.units.rank == 0:
@@ -97,42 +123,143 @@ class Lifecycle:
         else:
             self.run_dir = _next_directory(self.name)
             self.config = replace(self.config, run=configs.RunConfig(str(self.run_dir)))
-        self._write_config()
+        self.lock = Lock(self.run_dir)
+        try:
+            _refuse_used(self.run_dir)  # by one that was quicker
+            clear_temporary(self.run_dir)
+            self._write_config()
+        except BaseException:
+            self.lock.release()
+            raise
 
     def _write_config(self):
         write_atomic(self.run_dir / "config.toml", configs.to_toml(configs.to_dict(self.config)))
 
     def _run(self):
-        """Train from the current step to the last; write the summary."""
+        """Train from the current step to the last; write the summary; let go of the directory."""
+        try:
+            summary = self._trained()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+        if summary.get("stopped_by") == "SIGINT":
+            raise KeyboardInterrupt
+        if summary.get("stopped_by") == "SIGTERM":
+            raise SystemExit(TERMINATED)
+        return summary
+
+    def _trained(self):
         leading = self.units.rank == 0
         # Also when a run without a checkpoint is resumed: files may have changed.
         if leading and self.step == 0:
             userfile.keep(self.files, self.run_dir / FILES)
             self._first_files()
+        self._enter_environment()
         self.recorder = records.Recorder(self.run_dir) if leading else records.Nowhere()
         self.shown = (self.progress or progress.choose()) if leading else progress.Silent()
         self.shown.start(self)
         threads_before = kernels.get_num_threads()
         self.began = perf_counter() - self.seconds
-        state, error = "interrupted", None
+        state, error, reason = "interrupted", None, None
         try:
             kernels.set_num_threads(self.threads)
-            with _deferred_interrupt() as interrupt, self.units.together():
-                self._train(interrupt)
-            state = "finished"
-        except Diverged as diverged:
-            state, error = "failed", str(diverged)
+            with stopping(self.deadline) as stop, self.units.together():
+                reason = self._train(stop)
+            state = "finished" if reason is None else "interrupted"
+        except (Diverged, Unsaved) as failure:
+            state, error = "failed", str(failure)
         except Exception as other:
             state, error = "failed", f"{type(other).__name__}: {other}"
             raise
         finally:
-            self.recorder.close()
-            summary = self._summary(state, error)
-            if leading and state != "interrupted":
-                records.write_summary(self.run_dir, summary)
+            summary = self._summary(state, error, reason)
+            try:
+                self.recorder.close()
+                if leading and state != "interrupted":
+                    records.write_summary(self.run_dir, summary)
+            except OSError as problem:
+                if error is None:
+                    said = f"the end of the run cannot be written ({why(problem)})"
+                    summary |= {"state": "failed", "error": f"{said}; then: cllm resume {self.run_dir}"}
             kernels.set_num_threads(threads_before)
             self.shown.end(summary)
         return summary
+
+    # Checkpoints
+
+    def _checkpoint(self, step, model_arrays, optimizer_arrays, state, final):
+        """Write a checkpoint, `state` and what all runs have to keep; delete older ones.
+
+        One that cannot be written is an `Unsaved` when it is the last; before that training goes on, with a
+        warning, since the one before it is still there and the next one may be written.
+        """
+        began = perf_counter()
+        self.seconds = began - self.began
+        config = configs.to_dict(self.config)
+        state = state | {
+            "train_loss": self.train_loss,
+            "best": self.best,
+            "seconds": self.seconds,
+            "threads": self.threads,
+            "units": self.units.size,
+            "environments": self.environments,
+            "random": rng.get_state(),
+            "config": {section: values for section, values in config.items() if section != "run"},
+        }
+        if self.files:
+            state["files"] = self.files
+        try:
+            self.recorder.sync()  # no crash may leave a checkpoint newer than the records
+            checkpoints.save(self.run_dir, step, model_arrays, optimizer_arrays, state)
+            self.unsaved = None
+        except OSError as error:
+            there = checkpoints.listed(self.run_dir)
+            before = f"the newest is {there[-1]}" if there else f"{self.run_dir} has none"
+            said = f"the checkpoint of step {step} could not be written ({why(error)}); {before}"
+            self.unsaved = f"{said}; when it can be: cllm resume {self.run_dir}"
+            if final:
+                raise Unsaved(self.unsaved) from None
+            warnings.warn(f"{said}; training goes on, and will try the next one", stacklevel=3)
+            return
+        finally:
+            self.checkpoint_seconds += perf_counter() - began
+        try:
+            checkpoints.prune(self.run_dir, self.config.train.keep_checkpoints)
+        except OSError as error:
+            warnings.warn(f"an old checkpoint could not be deleted ({why(error)})", stacklevel=3)
+
+    def _enter_environment(self):
+        """Note what this process computes with; say so when an earlier one's was another."""
+        versions = {"cllm": cllm.__version__, "python": platform.python_version(), "numpy": np.__version__}
+        here = {"isa": kernels.isa, **versions}
+        if self.environments:
+            before = self.environments[-1]
+            changed = [key for key in here if before.get(key) != here[key]]
+            if not changed:
+                return
+            changed = [f"{key} {before.get(key)} became {here[key]}" for key in changed]
+            warnings.warn(
+                f"from step {self.step} on, {self.run_dir} is computed with something else than before: "
+                f"{', '.join(changed)}; its numbers may differ in their last digits from those of a run "
+                "without a change",
+                stacklevel=3,
+            )
+        self.environments = [*self.environments, {"step": self.step, **here}]
+
+    def _restore_common(self, state):
+        """Take over what `_checkpoint` has added to a state; say which keys have another value now."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.train_loss, self.best = state["train_loss"], state["best"]
+        # A run that goes back to a checkpoint knows its own.
+        self.environments = self.environments or state.get("environments", [])
+        before, now = configs.flatten(state.get("config", {})), configs.flatten(configs.to_dict(self.config))
+        for key in now if before else ():
+            if key not in RESUMABLE_KEYS and not key.startswith("run.") and before.get(key) != now[key]:
+                warnings.warn(
+                    f"{key} is {now[key]!r} in {self.run_dir / 'config.toml'}, and was {before.get(key)!r} "
+                    f"up to step {self.step}: from here on it is another run",
+                    stacklevel=3,
+                )
 
     def _first_files(self):
         """Write what belongs to a run's directory before its first step."""
@@ -141,7 +268,7 @@ class Lifecycle:
         """Keep what the summary tells of a record's loss; whether it is the best on the split `followed`."""
         loss = record.get("loss")
         if record["split"] == "train":
-            self.train_loss = loss
+            self.train_loss = self.train_loss if "skipped" in record else loss
         elif loss is not None:
             self.losses[record["split"]] = loss
             key = f"{followed}_loss"
@@ -150,13 +277,14 @@ class Lifecycle:
                 return True
         return False
 
-    def _summary(self, state, error):
+    def _summary(self, state, error, reason=None):
         self.seconds = perf_counter() - self.began
         summary = {
             "state": state,
             "step": self.step,
             **self._results(),
             "seconds": self.seconds,
+            "time_checkpoints": self.checkpoint_seconds,
             "memory_peak_mb": _memory_peak_mb(),
             "isa": kernels.isa,
             "threads": self.threads,
@@ -167,8 +295,12 @@ class Lifecycle:
                 "numpy": np.__version__,
             },
         }
+        if len(self.environments) > 1:
+            summary["environments"] = self.environments
         if self.files:
             summary["files"] = self.files
+        if reason is not None:
+            summary["stopped_by"] = reason
         if error is not None:
             summary["error"] = error
         return summary
@@ -188,10 +320,15 @@ def _refuse_used(run_dir):
             f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "
             "or choose another run.dir"
         )
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and not all(_is_left(path.name) for path in run_dir.iterdir()):
         raise InputError(f"{run_dir} holds other files; a run needs a new or empty folder: --run.dir DIR")
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"run.dir is {run_dir}, which is a file; it must be a new or empty folder")
+
+
+def _is_left(name):
+    """Whether a file of this name may be all that a process left that was killed before its run began."""
+    return name == LOCK or is_temporary(name)
 
 
 def _next_directory(name):
@@ -206,26 +343,57 @@ def _next_directory(name):
             n += 1
 
 
+class Stop:
+    """Whether a run is to end after the present step.
+
+    Parameters
+    ----------
+    deadline : float
+        Of perf_counter.
+    """
+
+    def __init__(self, deadline=math.inf):
+        self.deadline = deadline
+        self.signal = None
+
+    @property
+    def reason(self):
+        """ "SIGINT" or "SIGTERM" after such a signal, "train.max_minutes" when the time is up, else None."""
+        if self.signal is None and perf_counter() >= self.deadline:
+            return "train.max_minutes"
+        return self.signal
+
+
 @contextmanager
-def _deferred_interrupt():
-    """An event that the first Ctrl-C sets, so that no step is torn; the second one interrupts at once."""
-    event = threading.Event()
+def stopping(deadline=math.inf):
+    """A `Stop` that the first SIGINT or SIGTERM sets, so that no step is torn; the second ends at once."""
+    stop = Stop(deadline)
 
     def handle(signum, frame):
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
+        if stop.signal is not None:
+            raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(TERMINATED)
+        stop.signal = signal.Signals(signum).name
 
+    # Whoever has set a handler of their own, or ignores a signal, keeps that.
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main = threading.current_thread() is threading.main_thread()
-    # Whoever has set a handler of their own, or ignores the signal, keeps that.
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield event
-        return
-    signal.signal(signal.SIGINT, handle)
+    ours = [signum for signum, default in defaults.items() if main and signal.getsignal(signum) is default]
+    for signum in ours:
+        signal.signal(signum, handle)
     try:
-        yield event
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for signum in ours:
+            signal.signal(signum, defaults[signum])
+
+
+def memory_mb():
+    """The memory that this process holds now, in MB (10^6 bytes); where that cannot be told, the peak."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return _memory_peak_mb()
 
 
 def _memory_peak_mb():

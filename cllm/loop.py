@@ -1,19 +1,19 @@
 """A run whose whole loop is the user's own: [task] run = "my.py:train".
 
 The function is called as ``train(config, run, **arguments)``. What it cannot know, `LoopRun` gives it: the
-run's directory, records that are shown and cut back on resuming, checkpoints, Ctrl-C.
+run's directory, records that are shown and cut back on resuming, checkpoints, signals.
 """
 
 import json
-from time import perf_counter
 
 import numpy as np
 
 from cllm import checkpoint as checkpoints
 from cllm import rng
 from cllm import task as tasks
+from cllm.arrays import check_name
 from cllm.errors import InputError
-from cllm.lifecycle import Lifecycle
+from cllm.lifecycle import Lifecycle, Unsaved
 from cllm.records import number, plain
 
 __all__ = ["LoopRun", "OwnLoop"]
@@ -30,9 +30,9 @@ class LoopRun:
         train.seed.
     """
 
-    def __init__(self, loop, interrupt):
+    def __init__(self, loop, stop):
         self._loop = loop
-        self._interrupt = interrupt
+        self._stop = stop
         self._logged = -1
         self._begun = False  # whether anything was logged or saved
         self.dir = loop.run_dir
@@ -40,8 +40,8 @@ class LoopRun:
 
     @property
     def stop(self):
-        """True after Ctrl-C: save and return. A second Ctrl-C interrupts at once."""
-        return self._interrupt.is_set()
+        """True after Ctrl-C, SIGTERM or train.max_minutes: save and return. A second signal ends at once."""
+        return self._stop.reason is not None
 
     def log(self, step, split, **values):
         """Write a record, and show it.
@@ -82,7 +82,9 @@ class LoopRun:
             loop.shown.evaluation(record)
 
     def save(self, step, arrays, state=None):
-        """Write a checkpoint; all but the newest two and the best are deleted.
+        """Write a checkpoint; all but the newest (train.keep_checkpoints) and the best are deleted.
+
+        One that cannot be written, as on a full disk, is a warning; if it was the last, the run has failed.
 
         Parameters
         ----------
@@ -98,25 +100,19 @@ class LoopRun:
             if not isinstance(name, str) or np.asarray(array).dtype.kind not in "biuf":
                 kind = type(array).__name__
                 raise InputError(f"run.save: {name!r} is a {kind}, it must be an array of numbers")
+            check_name(name)
         try:
             json.dumps(state, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"run.save: state must be of JSON values: {error}") from None
         self._begin()
         loop.step = max(loop.step, step)
-        loop.seconds = perf_counter() - loop.began
         whole = {
             "state": state,
-            "train_loss": loop.train_loss,
             "losses": loop.losses,
             "followed": loop.followed,
-            "best": loop.best,
-            "seconds": loop.seconds,
-            "files": loop.files,
         }
-        loop.recorder.sync()  # no crash may leave a checkpoint newer than the records
-        checkpoints.save(loop.run_dir, step, dict(arrays), {}, whole)
-        checkpoints.prune(loop.run_dir)
+        loop._checkpoint(step, dict(arrays), {}, whole, final=False)
 
     def restore(self):
         """What a resumed run goes on from: (step, arrays, state) of the newest checkpoint; None without one.
@@ -131,6 +127,8 @@ class LoopRun:
             return None
         self._loop.recorder.truncate(loaded[2]["step"])
         self._loop.cut = True
+        if "random" in loaded[2]:
+            rng.set_state(loaded[2]["random"])
         return loaded[2]["step"], loaded[0], loaded[2]["state"]
 
     def _begin(self):
@@ -163,24 +161,27 @@ class OwnLoop(Lifecycle):
 
     def _restore(self, loaded):
         self.loaded = loaded
-        state = loaded[2]
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        self.train_loss, self.losses, self.followed = state["train_loss"], state["losses"], state["followed"]
+        self._restore_common(loaded[2])
+        self.losses, self.followed = loaded[2]["losses"], loaded[2]["followed"]
 
     def start_again(self):
         """Forget what an earlier process did."""
         checkpoints.clear(self.run_dir)
         self.recorder.truncate(-1)  # in this order: no checkpoint may be newer than the records
         self.step, self.losses = 0, {}
+        self.environments = [{**self.environments[-1], "step": 0}]
         self.train_loss = self.best = self.followed = None
         self.cut = True
 
-    def _train(self, interrupt):
-        run = LoopRun(self, interrupt)
+    def _train(self, stop):
+        run = LoopRun(self, stop)
         rng.manual_seed(self.config.train.seed)
         self.function(self.config, run, **self.config.task.arguments)
-        if run.stop:
-            raise KeyboardInterrupt
+        if self.unsaved is not None:
+            raise Unsaved(self.unsaved)
+        if stop.signal is None and self.step >= self.config.train.max_steps:
+            return None  # the time was up, but so was the work
+        return stop.reason
 
     def _results(self):
         split = self.followed or "val"

@@ -1,7 +1,8 @@
 """What a run shows while it trains: a bar on a terminal, plain lines elsewhere, or nothing.
 
-A progress object has five methods, which the Trainer calls: `start(trainer)` once, `step(record)` after
-each update, `evaluation(record)`, `sample(step, text)`, and `end(summary)` once, however the run ended.
+A progress object has six methods, which the Trainer calls: `start(trainer)` once, `step(record)` after
+each update, `evaluation(record)`, `sample(step, text)`, `note(text)` for what happens besides, and
+`end(summary)` once, however the run ended.
 """
 
 import numbers
@@ -35,6 +36,9 @@ class Silent:
         pass
 
     def sample(self, step, text):
+        pass
+
+    def note(self, text):
         pass
 
     def end(self, summary):
@@ -71,6 +75,9 @@ class Lines:
 
     def sample(self, step, text):
         self._print(f"step {step}: {text}")
+
+    def note(self, text):
+        self._print(text)
 
     def end(self, summary):
         self._print(_end_line(summary, self.run_dir, self.next_command))
@@ -136,6 +143,9 @@ class Bar:
 
     def sample(self, step, text):
         self.console.print(_encodable(f"step {step}: {text}", self.stream), overflow="ellipsis", no_wrap=True)
+
+    def note(self, text):
+        self.console.print(_encodable(text, self.stream), soft_wrap=True)
 
     def end(self, summary):
         self.bar.stop()
@@ -218,7 +228,9 @@ def _evaluation_line(record):
 def _end_line(summary, run_dir, next_command):
     step = summary["step"]
     if summary["state"] == "interrupted":
-        return f"interrupted at step {step}; continue with: cllm resume {run_dir}"
+        by = {"SIGTERM": "stopped by SIGTERM", "train.max_minutes": "stopped, as train.max_minutes are over,"}
+        how = by.get(summary.get("stopped_by"), "interrupted")
+        return f"{how} at step {step}; continue with: cllm resume {run_dir}"
     if summary["state"] == "failed":
         return f"failed at step {step}: {summary['error']}"
     losses = {key.removesuffix("_loss"): value for key, value in summary.items() if key.endswith("_loss")}

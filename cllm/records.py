@@ -9,13 +9,14 @@ import math
 import os
 import re
 import tomllib
+import warnings
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from cllm.errors import InputError, nearest
-from cllm.files import write_atomic
+from cllm.files import why, write_atomic
 
 __all__ = ["METRICS", "Nowhere", "Recorder", "Run", "is_timing", "load", "number", "plain", "write_summary"]
 
@@ -25,7 +26,7 @@ METRICS = {
         "loss", "lr", "grad_norm", "tokens_per_s", "time_data", "time_forward", "time_backward",
         "time_optimizer",
     ),
-    "val": ("loss", "perplexity", "seconds"),
+    "val": ("loss", "perplexity", "seconds", "memory_mb"),
 }  # fmt: skip
 _TIMING = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
 
@@ -33,7 +34,8 @@ _TIMING = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
 class Recorder:
     """Appends records to a run's metrics.jsonl; each is with the operating system when `write` returns.
 
-    A line that a killed process left unfinished is dropped at once. A context manager that closes itself.
+    A line that a killed process left unfinished is dropped at once. What cannot be written, as on a full
+    disk, is kept and tried again with the next record. A context manager that closes itself.
 
     Parameters
     ----------
@@ -43,6 +45,7 @@ class Recorder:
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / "metrics.jsonl"
+        self._waiting = b""  # what could not be written so far
         self._open()
         if self.path.read_bytes() != b"".join(line for line, _ in _lines(self.path)):
             self._keep(lambda record: True)
@@ -60,18 +63,51 @@ class Recorder:
                 f'a record needs "step" and "split"; this one has {", ".join(record) or "nothing"}'
             )
         line = _json(record, "a record's {}")
-        self._file.write(f"{line}\n".encode())
+        waited = bool(self._waiting)
+        self._waiting += f"{line}\n".encode()
+        try:
+            self._flush()
+        except OSError as error:
+            if not waited:  # once for each time that it goes wrong
+                warnings.warn(
+                    f"records cannot be written ({why(error)}); they wait until they can be, and no "
+                    "checkpoint is written before them",
+                    stacklevel=2,
+                )
 
     def truncate(self, step):
         """Drop all records after `step`, atomically; the others stay byte for byte."""
         self._keep(lambda record: record["step"] <= step)
 
     def sync(self):
-        """Push all records to the disk, so that they survive a crash of the machine."""
-        os.fsync(self._file.fileno())
+        """Push all records to the disk, so that they survive a crash of the machine.
+
+        Raises
+        ------
+        OSError
+            When not all are there: names the file.
+        """
+        self._flush()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def close(self):
-        self._file.close()
+        """Write what waits, if that is possible now; OSError when records are lost."""
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+    def _flush(self):
+        try:
+            while self._waiting:  # a system may write less than it was given
+                self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def __enter__(self):
         return self
@@ -83,7 +119,7 @@ class Recorder:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (kept open; close() ends it)
 
     def _keep(self, wanted):
-        self._file.close()
+        self.close()
         write_atomic(self.path, b"".join(line for line, record in _lines(self.path) if wanted(record)))
         self._open()
 

@@ -5,12 +5,16 @@ each element's index, so the backward pass draws the same mask again. Initial va
 """
 
 import hashlib
+import random
 
 import numpy as np
 
 from cllm.errors import InputError
 
-__all__ = ["initial_generator", "manual_seed", "next_initial_generator", "next_key", "set_stream"]
+__all__ = [
+    "get_state", "initial_generator", "manual_seed", "next_initial_generator", "next_key", "set_state",
+    "set_stream",
+]  # fmt: skip
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -73,6 +77,36 @@ def next_initial_generator():
     global _initialised
     _initialised += 1
     return initial_generator(_seed, f"#{_initialised}")
+
+
+def get_state():
+    """All that random numbers depend on, as JSON values.
+
+    CLLM's own counters, and the generators that `random` and `numpy.random` share with all code of the
+    process, which a user's data may be drawn from.
+    """
+    version, words, gauss = random.getstate()
+    shared = np.random.get_state(legacy=False)  # noqa: NPY002
+    state = {
+        "counters": [_seed, _stream, _calls, _initialised],
+        "python": [version, np.array(words, "<u4").tobytes().hex(), gauss],
+    }
+    if shared["bit_generator"] == "MT19937":
+        words = shared["state"]["key"].astype("<u4").tobytes().hex()
+        state["numpy"] = [words, shared["state"]["pos"], shared["has_gauss"], shared["gauss"]]
+    return state
+
+
+def set_state(state):
+    """Go on as after `get_state`."""
+    global _seed, _stream, _calls, _initialised
+    _seed, _stream, _calls, _initialised = state["counters"]
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(np.frombuffer(bytes.fromhex(words), "<u4").tolist()), gauss))
+    if "numpy" in state:
+        words, position, has_gauss, gauss = state["numpy"]
+        key = np.frombuffer(bytes.fromhex(words), "<u4")
+        np.random.set_state(("MT19937", key, position, has_gauss, gauss))  # noqa: NPY002
 
 
 manual_seed(0)

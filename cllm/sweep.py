@@ -22,11 +22,11 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from time import monotonic
 
-from cllm import checkpoint, kernels, optim, records, schedules, train, userfile, verdict, watch
+from cllm import checkpoint, kernels, optim, records, schedules, task, train, userfile, verdict, watch
 from cllm import config as configs
 from cllm.errors import InputError, nearest, plain_notes
 from cllm.files import write_atomic
-from cllm.lifecycle import user_files
+from cllm.lifecycle import TERMINATED, user_files
 from cllm.progress import Silent
 from cllm.verdict import text
 
@@ -395,8 +395,8 @@ def run(sweep, directory, workers=None, progress=None):
     ------
     InputError
         When the directory holds something else, or the data cannot be used. Nothing has been written then.
-    KeyboardInterrupt
-        After Ctrl-C, when the workers have written their checkpoints.
+    KeyboardInterrupt, SystemExit
+        After Ctrl-C and SIGTERM, when the workers have written their checkpoints.
     """
     directory = Path(directory)
     if workers is not None and workers < 1:
@@ -410,7 +410,7 @@ def run(sweep, directory, workers=None, progress=None):
         _prepare_data(sweep, todo, directory)
         directory.mkdir(parents=True, exist_ok=True)
     began = monotonic()
-    with _locked(directory):
+    with _locked(directory), _terminable():
         if todo or not judged:
             write_atomic(directory / "sweep.toml", configs.to_toml(sweep.resolved()))
             (directory / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
@@ -506,6 +506,24 @@ class _Worker:
 
 
 @contextmanager
+def _terminable():
+    """In this context SIGTERM is an exception, so that workers are told; theirs to keep who handle it."""
+
+    def terminate(signum, frame):
+        raise SystemExit(TERMINATED)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def _blas_threads(n):
     """Let processes started here have BLAS pools of n threads: NumPy's would be of all cores in each."""
     names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -549,9 +567,12 @@ def _train(sweep, trial, directory, report):
             if not _trained(run_dir):  # as it is set now: a mended file may take other arguments
                 config = configs.to_dict(sweep.trial_config(trial, directory))
                 write_atomic(run_dir / "config.toml", configs.to_toml(config))
-            train.resume(run_dir, progress=report)
+            summary = train.resume(run_dir, progress=report)
         else:
-            train.Trainer(sweep.trial_config(trial, directory), progress=report).fit()
+            summary = train.Trainer(sweep.trial_config(trial, directory), progress=report).fit()
+        if summary["state"] == "interrupted":
+            error = f"stopped, as {summary['stopped_by']} are over; the same command goes on with it"
+            return Result(trial, "failed", report.done, None, error, monotonic() - began)
         return _read(sweep, trial, directory)
     except Exception as error:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -584,6 +605,8 @@ def _died(worker, directory):
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
     hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
     error = f"worker died: {how}{hint}"
+    if code in (TERMINATED, -signal.SIGTERM):
+        error = "stopped by SIGTERM; the same command goes on with it"
     run_dir = directory / "trials" / worker.trial.name
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "error.txt").write_text(error + "\n", encoding="utf-8")
@@ -620,7 +643,7 @@ def _prepare_data(sweep, todo, directory):
         needs = (config.data, config.model.block_size)
         if needs not in seen:
             seen.append(needs)
-            hashes[config.data] = train.load_text(config).hash
+            hashes[config.data] = task.load_text(config).hash
     for trial in sweep.trials():
         trained = _trained(directory / "trials" / trial.name)
         source = sweep.trial_config(trial).data

@@ -7,19 +7,23 @@ other keys are that function's keyword arguments.
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cllm import data, rng, userfile
 from cllm import functional as F
-from cllm import rng, userfile
 from cllm.data.batch import feed
 from cllm.errors import InputError
+from cllm.gpt import GPT
 from cllm.metrics import a_count
 from cllm.records import is_timing
 from cllm.tensor import Tensor
 
-__all__ = ["GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "language_loss", "takes_any"]
+__all__ = [
+    "GIVEN", "LossConfig", "Task", "TaskConfig", "arguments", "build", "for_config", "language_loss",
+    "load_text", "takes_any", "target_count",
+]  # fmt: skip
 
 #: What [task] build says in a run whose task was given to the Trainer in Python.
 GIVEN = "given in Python"
@@ -249,6 +253,34 @@ def build(config):
             f"task.build: {config.task.build} returned a {type(task).__name__}, it must return a cllm.Task"
         )
     return task
+
+
+def for_config(config, text=None):
+    """The Task of a configuration: what [task] build makes, or a GPT on a text, as `load_text` gives it."""
+    if config.task.build is not None:
+        return build(config)
+    return Task(
+        model=GPT(replace(config.model, vocab_size=text.vocab_size), seed=config.train.seed),
+        train=text.train,
+        evals={"val": text.val} if len(text.val) else {},
+        tokenizer=text.tokenizer,
+    )
+
+
+def load_text(config):
+    """The text that a configuration names, tokenised and cached, as `cllm.data.load` gives it.
+
+    Raises
+    ------
+    InputError
+        When the text cannot be used, or a split is too short for the model's block size.
+    """
+    text = data.load(**vars(config.data))
+    # Says which split is too short, before anything is written.
+    feed(text.train, "the train split", config.model.block_size)
+    if config.data.val_fraction > 0 or len(text.val):
+        feed(text.val, "the val split", config.model.block_size)
+    return text
 
 
 def language_targets(batch):

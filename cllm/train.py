@@ -21,31 +21,26 @@ import numpy as np
 
 from cllm import checkpoint as checkpoints
 from cllm import config as configs
-from cllm import data, kernels, metrics, optim, parallel, records, rng, schedules, userfile
+from cllm import evaluation, kernels, metrics, optim, parallel, records, rng, schedules, userfile
+from cllm import guard as guards
 from cllm import task as tasks
-from cllm.data.batch import feed
-from cllm.data.tokenizers import load_tokenizer
 from cllm.errors import InputError
-from cllm.files import write_atomic
+from cllm.files import Lock, clear_temporary, write_atomic
 from cllm.generate import generate
-from cllm.gpt import GPT
-from cllm.lifecycle import FILES, Diverged, Lifecycle
+from cllm.guard import Guard
+from cllm.lifecycle import FILES, RESUMABLE, Diverged, Lifecycle, memory_mb
 from cllm.loop import OwnLoop
+from cllm.monitor import Monitor, TensorBoard
 from cllm.profile import Profile
 from cllm.progress import thousands
 from cllm.records import METRICS
-from cllm.tensor import no_grad
+from cllm.saved import check as check_run
 
-__all__ = ["METRICS", "Trainer", "evaluate", "load", "load_text", "resume"]
+__all__ = ["METRICS", "Trainer", "resume"]
 
-# Sequences of an evaluation's batch hold about this many tokens: enough for the kernels to run at full
-# speed, and no more memory than a training step.
-EVALUATION_TOKENS = 1024
 SAMPLE_TOKENS = 120  # of them about this many characters are shown, runs of spaces as one:
 SAMPLE_LENGTH = 70  # with "step 2000: " one line of a common terminal
 SAMPLE_TEMPERATURE = 0.8
-# What a resumed run may change: all else would make it another run.
-RESUMABLE = ("max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "threads", "profile")
 # The Trainer's methods that a profile times.
 PARTS = {"_batch": "data", "_loss": "forward", "_backward": "backward"}
 PARTS |= {"_clip": "optimizer", "_apply": "optimizer"}
@@ -166,9 +161,9 @@ class Trainer(Lifecycle):
         config, train = self.config, self.config.train
         self.text = None
         if self.task is None and config.task.build is None:
-            self.text = load_text(config)
+            self.text = tasks.load_text(config)
         if self.task is None:
-            self.task = _task(config, self.text)
+            self.task = tasks.for_config(config, self.text)
         task = self.task
         if task.loss is not None and config.loss != tasks.LossConfig():
             raise InputError("[loss] is set, but the task has a loss of its own, which does not use it")
@@ -186,7 +181,11 @@ class Trainer(Lifecycle):
         self.leaves = self.units.leaves(train.grad_accum)
         self.batch_size = len(task.train) if train.batch_size == "full" else train.batch_size
         self.unit = f"{task.train.unit}s"
-        self.callbacks = task.callbacks + self.given_callbacks
+        self.board = TensorBoard() if config.monitor.tensorboard and self.units.rank == 0 else None
+        self.callbacks = task.callbacks + self.given_callbacks + ((self.board,) if self.board else ())
+        self.monitor = Monitor(config.monitor, self.model)
+        self.guard = Guard(config.guard)
+        self.stale = 0  # evaluations since the best one
         self.metrics = _metrics(config, task)
         # Only what is set, so that a model's own loss needs to know no more than that.
         options = {f.name: getattr(config.loss, f.name) for f in fields(config.loss)}
@@ -212,11 +211,20 @@ class Trainer(Lifecycle):
                 "to train on the new ones, start a new run"
             )
         self._restore_callbacks(state.get("callbacks", []))
+        self.guard.load_state_dict(state["guard"])
+        self.stale = state["stale"]
         self.model.load_state_dict(model_arrays)
         self.optimizer.load_arrays(optimizer_arrays)
-        self.step, self.position, self.seconds = state["step"], state["position"]["index"], state["seconds"]
-        self.train_loss, self.best = state["train_loss"], state["best"]
+        if state.get("config", {}).get("optim") == configs.to_dict(self.config)["optim"]:
+            for group, values in zip(self.optimizer.param_groups, state["optimizer"]):
+                group |= {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        for name, values in state.get("metrics", {}).items():
+            self.metrics[name].load_state_dict(values)
+        self._restore_common(state)
+        self.position = state["position"]["index"]
         self.losses = {self.task.followed: state[f"{self.task.followed}_loss"]}
+        if "random" in state:
+            rng.set_state(state["random"])
 
     def _restore_callbacks(self, states):
         stateful = self._stateful_callbacks()
@@ -233,20 +241,30 @@ class Trainer(Lifecycle):
 
     # The run
 
-    def _train(self, interrupt):
+    def _train(self, stop):
         train = self.config.train
         self.model.train()
         self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
         self.profile = Profile(self, PARTS) if train.profile else None
         self.recorder.truncate(self.step)
-        while self.step < train.max_steps and not self.stop:
-            self._step(interrupt)
+        if self.config.guard.policy == "rollback" and self.step == 0:
+            self._save(final=False)  # so that there is something to go back to
+        reason = None
+        try:
+            while self.step < train.max_steps and not self.stop and reason is None:
+                reason = self._step(stop)
+        finally:
+            if self.board:
+                self.board.close()
+        return reason
 
-    def _step(self, interrupt):
-        """One update and whatever is due after it: evaluations, generated line, checkpoint."""
+    def _step(self, stop):
+        """One update and whatever is due after it: evaluations, a line, a checkpoint; why to stop now."""
         train, followed = self.config.train, self.task.followed
         update = self._update if self.profile is None else partial(self.profile.step, self._update)
         record = self.thread_choice.time(update) if self.thread_choice else update()
+        if record is None:
+            return None  # the run went back to a checkpoint
         self._note(record, followed)
         self._log(record)
         self.shown.step(record)
@@ -254,16 +272,26 @@ class Trainer(Lifecycle):
         if self._due(train.eval_interval):
             for split in self.task.evals:
                 record = self._evaluate(split)
-                new_best |= self._note(record, followed)
+                better = self._note(record, followed)
+                new_best |= better
+                if split == followed:
+                    self._stop_early(better)
                 self._log(record)
                 self.shown.evaluation(record)
         if train.sample_interval and self.step % train.sample_interval == 0:
             self.shown.sample(self.step, self._sample())
-        interrupted = self.units.any(interrupt.is_set())
-        if new_best or self._due(train.checkpoint_interval) or interrupted:
-            self._save()
-        if interrupted:
-            raise KeyboardInterrupt
+        reason = next(filter(None, self.units.gather(stop.reason)), None)
+        last = self._due(0)
+        if new_best or self._due(train.checkpoint_interval) or reason:
+            self._save(final=last or reason is not None)
+        return None if last and reason == "train.max_minutes" else reason
+
+    def _stop_early(self, better):
+        """End the run when the last `train.patience` evaluations brought nothing better."""
+        self.stale = 0 if better else self.stale + 1
+        if 0 < self.config.train.patience <= self.stale:
+            self.stop = True
+            self.shown.note(f"step {self.step}: stopped early, no better loss in {self.stale} evaluations")
 
     def _due(self, interval):
         if self.stop or self.step == self.config.train.max_steps:
@@ -271,7 +299,13 @@ class Trainer(Lifecycle):
         return interval > 0 and self.step % interval == 0
 
     def _update(self):
-        """Forward and backward over the step's micro-batches, clip, update; the step's record."""
+        """Forward and backward over the step's micro-batches, clip, update.
+
+        Returns
+        -------
+        dict or None
+            The step's record; None when the guard took the run back to a checkpoint.
+        """
         config, laps = self.config, _Laps()
         lr = schedules.at(config.schedule, self.step, config.optim.lr, config.train.max_steps)
         for group in self.optimizer.param_groups:
@@ -279,27 +313,65 @@ class Trainer(Lifecycle):
         batches = [self._batch(micro) for micro in self.leaves]
         laps.end("data")
         accumulate = self._one if config.train.grad_accum == 1 else self._several
-        total, count, examples = accumulate(batches, laps)
+        with self.monitor.forward(self.step + 1) as activations:
+            total, count, examples = accumulate(batches, laps)
         loss = total / count if count else 0.0
+        norms = self.monitor.gradients(self.step + 1, self.gradients)
         norm = self._clip()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(
-                f"the loss is {loss:g} and the gradient's norm {norm:g} in step {self.step + 1} at learning "
-                f"rate {lr:g}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
-            )
-        self._apply()
+        wrong = self.guard.judge(loss, norm)
+        measured = {"loss": loss, "lr": lr, "grad_norm": norm}
+        if wrong is None:
+            with self.monitor.update(self.step + 1, self.gradients) as updates:
+                self._apply()
+            measured |= {**norms, **updates, **activations}
+        elif self._went_wrong(wrong, measured):
+            self.optimizer.zero_grad()
+            measured["skipped"] = wrong
+        else:
+            return None
         laps.end("optimizer")
         self.step += 1
         self.position += config.train.grad_accum
         return {
             "step": self.step,
             "split": "train",
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
+            **measured,
             f"{self.unit}_per_s": (count if self.unit == "tokens" else examples) / laps.total,
             **laps.seconds,
         }
+
+    def _went_wrong(self, wrong, measured):
+        """Keep the step for a replay and do as [guard] says; True: skip it, False: the run has gone back."""
+        policy, limit = self.config.guard.policy, self.config.guard.limit
+        kept = ""
+        if self.units.rank == 0:
+            batches = [self._batch(micro) for micro in range(self.config.train.grad_accum)]
+            facts = {"why": wrong, "seed": self.config.train.seed, "files": self.files}
+            facts |= records.plain(measured)
+            if self.text is not None:
+                facts["vocab_size"] = self.text.vocab_size
+            path = guards.save_incident(self.run_dir, self.step, self.model.state_dict(), batches, facts)
+            kept = f"; its weights and batch are in {path}"
+        told = f"{wrong} in step {self.step + 1} at learning rate {measured['lr']:g}"
+        if policy == "stop" or self.guard.count >= limit:
+            often = "" if policy == "stop" else f", after {limit} such steps (guard.limit)"
+            raise Diverged(
+                f"{told}{often}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
+            )
+        if policy == "skip":
+            self.guard.count += 1
+            self.shown.note(f"{told}: skipped{kept}")
+            return True
+        count, order = self.guard.count, self.guard.order
+        path = self.units.of_first(checkpoints.newest(self.run_dir))
+        if path is None:
+            raise Diverged(f"{told}, and {self.run_dir} has no checkpoint to go back to")
+        self._restore(checkpoints.load(path))
+        self.guard.count, self.guard.order = count + 1, order + 1
+        self.recorder.truncate(self.step)
+        self.optimizer.zero_grad()
+        self.shown.note(f"{told}: back to step {self.step}, with the data in another order{kept}")
+        return False
 
     def _one(self, batches, laps):
         """The gradient of a step's only micro-batch; its losses' sum, their count, its examples."""
@@ -329,9 +401,8 @@ class Trainer(Lifecycle):
         return total, count, examples
 
     def _batch(self, micro):
-        return self.task.train.batch(
-            self.position + micro, self.config.train.batch_size, self.config.train.seed
-        )
+        seed = self.config.train.seed + (self.guard.order << 64)  # no run's seed is so large
+        return self.task.train.batch(self.position + micro, self.config.train.batch_size, seed)
 
     def _loss(self, batch, micro):
         """The sum of a batch's losses and how many counted."""
@@ -353,14 +424,16 @@ class Trainer(Lifecycle):
 
     def _evaluate(self, split):
         began = perf_counter()
-        batches = self.task.evals[split].batches(_evaluation_batch(self.task.evals[split], self.batch_size))
-        result, count = _measure(self.model, batches, self.task.loss, self.metrics)
+        source = self.task.evals[split]
+        batches = source.batches(evaluation.batch_size_for(source, self.batch_size))
+        result, count = evaluation.measure(self.model, batches, self.task.loss, self.metrics)
         if not count:
             raise InputError(f"the eval {split!r} has no target that counts: all are masked")
         if not all(math.isfinite(result[key]) for key in ("loss", "perplexity") if key in result):
             name = "validation" if split == "val" else split
             raise Diverged(f"the {name} loss is {result['loss']:g} after step {self.step}")
-        return {"step": self.step, "split": split, **result, "seconds": perf_counter() - began}
+        seconds = perf_counter() - began
+        return {"step": self.step, "split": split, **result, "seconds": seconds, "memory_mb": memory_mb()}
 
     def _log(self, record):
         if self.units.rank == 0:
@@ -370,10 +443,9 @@ class Trainer(Lifecycle):
         record.update({key: records.number(value) for key, value in record.items()})
         self.recorder.write(record)
 
-    def _save(self):
+    def _save(self, final):
         if self.units.rank > 0:
             return
-        self.seconds = perf_counter() - self.began
         followed = self.task.followed
         state = {"position": self.task.train.position(self.position, self.config.train.batch_size)}
         if self.text is not None:
@@ -381,18 +453,21 @@ class Trainer(Lifecycle):
         else:
             state["examples"] = len(self.task.train)
         state |= {
-            "train_loss": self.train_loss,
             f"{followed}_loss": self.losses.get(followed),
-            "best": self.best,
-            "seconds": self.seconds,
+            "guard": self.guard.state_dict(),
+            "stale": self.stale,
         }
-        if self.files:
-            state["files"] = self.files
+        # The learning rate is the schedule's; a callback may have changed the others.
+        state["optimizer"] = [
+            {name: group[name] for name in self.optimizer.defaults if _is_json(group[name])}
+            for group in self.optimizer.param_groups
+        ]
         if callbacks := self._stateful_callbacks():
             state["callbacks"] = [_json_state(callback) for callback in callbacks]
-        self.recorder.sync()  # no crash may leave a checkpoint newer than the records
-        checkpoints.save(self.run_dir, self.step, self.model.state_dict(), self.optimizer.arrays(), state)
-        checkpoints.prune(self.run_dir)
+        kept = {name: metric for name, metric in self.metrics.items() if hasattr(metric, "state_dict")}
+        if kept:
+            state["metrics"] = {name: _json_state(metric) for name, metric in kept.items()}
+        self._checkpoint(self.step, self.model.state_dict(), self.optimizer.arrays(), state, final)
 
     def _sample(self):
         """A generated line, the same for the same seed and step."""
@@ -420,6 +495,8 @@ class Trainer(Lifecycle):
         if self.text is not None:
             results["data_hash"] = self.text.hash
         results["parameters"] = self.n_parameters
+        if self.guard.count:
+            results["incidents"] = self.guard.count
         results[self.unit] = self.position * self.batch_size * self.task.train.size
         if self.profile is not None:
             results["profile"] = self.profile.results()
@@ -451,18 +528,6 @@ class Trainer(Lifecycle):
         return f"cllm {'plot' if self.task.tokenizer is None else 'sample'} {self.run_dir}"
 
 
-def _task(config, text=None):
-    """The Task of a configuration: what [task] build makes, or a GPT on a text."""
-    if config.task.build is not None:
-        return tasks.build(config)
-    return tasks.Task(
-        model=GPT(replace(config.model, vocab_size=text.vocab_size), seed=config.train.seed),
-        train=text.train,
-        evals={"val": text.val} if len(text.val) else {},
-        tokenizer=text.tokenizer,
-    )
-
-
 def _metrics(config, task):
     """The metrics of [train] metrics and of the task, by name."""
     found = {name: metrics.build(name, task.tokenizer) for name in config.train.metrics}
@@ -472,35 +537,22 @@ def _metrics(config, task):
     return found | task.metrics
 
 
-def _json_state(callback):
-    state = callback.state_dict()
-    try:
-        json.dumps(state, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        name = getattr(callback, "__name__", type(callback).__name__)
-        raise InputError(f"the state_dict() of the callback {name} must be of JSON values: {error}") from None
+def _json_state(kept):
+    """The state_dict() of a callback or metric."""
+    state = kept.state_dict()
+    if not _is_json(state):
+        name = getattr(kept, "__name__", type(kept).__name__)
+        kind = "metric" if hasattr(kept, "compute") else "callback"
+        raise InputError(f"the state_dict() of the {kind} {name} must be of JSON values, and finite")
     return state
 
 
-def load_text(config):
-    """The text that a configuration names, tokenised and cached, as `cllm.data.load` gives it.
-
-    Raises
-    ------
-    InputError
-        When the text cannot be used, or a split is too short for the model's block size.
-    """
-    text = data.load(
-        config.data.source,
-        tokenizer=config.data.tokenizer,
-        val_fraction=config.data.val_fraction,
-        test_fraction=config.data.test_fraction,
-    )
-    # Says which split is too short, before anything is written.
-    text.train.n_windows(config.model.block_size)
-    if config.data.val_fraction > 0 or len(text.val):
-        text.val.n_windows(config.model.block_size)
-    return text
+def _is_json(value):
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
@@ -510,7 +562,8 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
     ----------
     run_dir : path-like
     overrides : dict, optional
-        Dotted keys to values; of [train] the intervals, threads and ``max_steps`` may change.
+        Dotted keys to values; of [train] the intervals, limits, threads and ``max_steps`` may change.
+        Another ``max_steps`` needs a schedule that would have had the same rates in all steps so far.
     callbacks, progress, task
         As the `Trainer`'s: the same callbacks and, if the run had one, the same task.
 
@@ -522,8 +575,14 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
     Raises
     ------
     InputError
-        When there is no run, its data or the user's files have changed, or an override would make it
-        another run.
+        When there is no run, its data or the user's files have changed, an override would make it
+        another run, or another process is training it.
+
+    Warns
+    -----
+    UserWarning
+        When a damaged checkpoint was passed over, a key of config.toml was changed by hand, or the run goes
+        on with another instruction set or other versions, which summary.json then tells of ("environments").
     """
     with parallel.here().agreeing():
         run = _resumed(Path(run_dir), overrides or {}, callbacks, progress, task)
@@ -536,25 +595,42 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
 
 
 def _resumed(run_dir, overrides, callbacks, progress, task):
-    """A run at its newest checkpoint, ready to go on; the summary of one that has finished."""
+    """A run at its newest checkpoint, ready to go on, and held; the summary of one that has finished."""
     for key in overrides:
         if key not in {f"train.{name}" for name in RESUMABLE}:
             raise InputError(
                 f"{key} cannot change when a run is resumed, only "
                 + ", ".join(f"train.{name}" for name in RESUMABLE)
             )
-    _check_run(run_dir)
+    check_run(run_dir)
     earlier = records.Run(run_dir)
-    finished = earlier.state == "finished"
-    newest = None if finished else checkpoints.newest(run_dir)
-    loaded = None if newest is None else checkpoints.load(newest)
-    # First of all: with another file, even the config's [task] may not fit any more.
-    files = earlier.summary.get("files", {}) if finished else loaded[2].get("files", {}) if loaded else {}
-    userfile.refuse_changed(files, run_dir / FILES, run_dir)
-    saved = configs.load(run_dir / "config.toml")
-    config = configs.load(run_dir / "config.toml", overrides)
-    if finished and config.train.max_steps == saved.train.max_steps:
-        return earlier.summary
+    if earlier.state == "finished":
+        # First of all: with another file, even the config's [task] may not fit any more.
+        userfile.refuse_changed(earlier.summary.get("files", {}), run_dir / FILES, run_dir)
+        saved, config = _configs(run_dir, overrides)
+        if config.train.max_steps == saved.train.max_steps:
+            return earlier.summary
+    lock = Lock(run_dir) if parallel.here().rank == 0 else None
+    try:
+        if lock is not None:
+            clear_temporary(run_dir)
+            checkpoints.tidy(run_dir)
+        return _restored(run_dir, overrides, callbacks, progress, task, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _configs(run_dir, overrides):
+    """A run's configuration as it was written, and with overrides."""
+    return configs.load(run_dir / "config.toml"), configs.load(run_dir / "config.toml", overrides)
+
+
+def _restored(run_dir, overrides, callbacks, progress, task, lock):
+    loaded = checkpoints.load_newest(run_dir)
+    userfile.refuse_changed(loaded[2].get("files", {}) if loaded else {}, run_dir / FILES, run_dir)
+    saved, config = _configs(run_dir, overrides)
     if config.task.run is not None:
         if task is not None:
             raise InputError("task is given, but task.run is a loop of its own, which has none")
@@ -569,162 +645,36 @@ def _resumed(run_dir, overrides, callbacks, progress, task):
                 f"cllm.train.resume({str(run_dir)!r}, task=...)"
             )
         run = Trainer(config, task, callbacks, progress=progress)
-    run.run_dir = run_dir
+    done = loaded[2]["step"] if loaded else 0
+    if config.train.max_steps < done:
+        raise InputError(
+            f"train.max_steps is {config.train.max_steps}, but {run_dir} has done {done} steps already"
+        )
+    if config.task.run is None:
+        _refuse_another_past(saved, config.train.max_steps, done)
+    run.run_dir, run.lock = run_dir, lock
     run._build()
-    if finished and (newest := checkpoints.newest(run_dir)) is not None:
-        loaded = checkpoints.load(newest)
     if loaded is not None:
         run._restore(loaded)
-    if config.train.max_steps < run.step:
-        raise InputError(
-            f"train.max_steps is {config.train.max_steps}, but {run_dir} has done {run.step} steps already"
-        )
     return run
+
+
+def _refuse_another_past(config, max_steps, done):
+    """Raise unless a run of `max_steps` steps would have had the same learning rates in the first `done`."""
+    schedule, lr, planned = config.schedule, config.optim.lr, config.train.max_steps
+    if max_steps == planned:
+        return
+    for step in range(done):
+        was, would = (schedules.at(schedule, step, lr, n) for n in (planned, max_steps))
+        if was != would:
+            raise InputError(
+                f"train.max_steps cannot become {max_steps}: with it, step {step + 1} would have had the "
+                f'learning rate {would:.6g} and not {was:.6g}, as schedule.name = "{schedule.name}" looks at '
+                f"the length of the run ({planned} steps so far); start a new run, or next time choose one "
+                'that does not, such as "constant", "inverse_sqrt" or, before its decay, "wsd"'
+            )
 
 
 def _refuse_units(units):
     if units.size > 1:
         raise InputError(f"task.run is a loop of its own, which is one process; mpirun started {units.size}")
-
-
-def load(run_dir, checkpoint="last", task=None):
-    """The model, in eval mode, and the tokenizer of a run.
-
-    Files of the user's that have changed since, or are not there from this working directory, are taken from
-    the copies in the run's directory.
-
-    Parameters
-    ----------
-    run_dir : path-like
-    checkpoint : "last" or "best"
-        The newest checkpoint, or the one with the lowest validation loss.
-    task : cllm.Task, optional
-        For a run whose task was given in Python: the same one again. Its model is filled and returned.
-
-    Returns
-    -------
-    model : nn.Module
-    tokenizer : object or None
-        None for a task without one.
-
-    Raises
-    ------
-    InputError
-        When there is no run or no complete checkpoint, or no model that belongs to it.
-    """
-    if checkpoint not in ("last", "best"):
-        raise InputError(f'checkpoint is {checkpoint!r}, it must be "last" or "best"')
-    run_dir = Path(run_dir)
-    _check_run(run_dir)
-    path = checkpoints.newest(run_dir) if checkpoint == "last" else checkpoints.best(run_dir)
-    if path is None:
-        raise InputError(f"{run_dir} has no complete checkpoint yet; continue it with: cllm resume {run_dir}")
-    arrays, _, state = checkpoints.load(path)
-    written = configs.flatten(configs.read_toml(run_dir / "config.toml"))
-    kept = userfile.kept_references(written, state.get("files", {}), run_dir / FILES)
-    config = configs.load(run_dir / "config.toml", kept)
-    if config.task.run is not None:
-        raise InputError(
-            f"{run_dir} was trained by {config.task.run}, which alone knows its model; "
-            f"cllm.checkpoint.load({str(path)!r}) gives what it saved"
-        )
-    if task is None and config.task.build == tasks.GIVEN:
-        raise InputError(f"{run_dir} was trained on a task made in Python: give it again, as task=...")
-    if task is None and config.task.build is None:
-        model = GPT(replace(config.model, vocab_size=state["vocab_size"]), seed=config.train.seed)
-        tokenizer = load_tokenizer(run_dir / "tokenizer.json")
-    else:
-        task = task or _task(config)
-        model, tokenizer = task.model, task.tokenizer
-    model.load_state_dict(arrays)
-    model.eval()
-    return model, tokenizer
-
-
-def evaluate(model, data, batch_size=None, *, loss=None, metrics=None):
-    """The loss on all of a split, in fixed windows of the model's block size, or of a dataset.
-
-    Parameters
-    ----------
-    model : nn.Module
-        It is evaluated in eval mode and left as it was.
-    data : cllm.data.Tokens or dataset
-        A dataset has ``len(d)`` and ``d[indices] -> cllm.Batch``.
-    batch_size : int, optional
-        Windows or examples in a batch; the result depends on it only by rounding.
-    loss, metrics
-        As of a `cllm.Task`.
-
-    Returns
-    -------
-    dict
-        loss (nats a token), perplexity (without a loss of one's own), the metrics, tokens (how many
-        targets counted).
-
-    Raises
-    ------
-    InputError
-        When the split is shorter than one window, or nothing in it counts.
-    """
-    batches = feed(data, "the data to evaluate", getattr(getattr(model, "config", None), "block_size", None))
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise InputError(f"batch_size is {batch_size!r}, it must be an integer of at least 1")
-    for name, metric in (metrics or {}).items():
-        tasks.check_metric(name, metric)
-    result, count = _measure(model, batches.batches(batch_size or _evaluation_batch(batches)), loss, metrics)
-    if not count:
-        raise InputError("nothing to evaluate counts: all targets are masked")
-    return {**result, "tokens": count}
-
-
-def _evaluation_batch(source, training=1):
-    """How many examples of a feed are evaluated at once, where training takes `training`."""
-    return max(1, EVALUATION_TOKENS // source.size) if source.unit == "token" else max(training, 256)
-
-
-def _measure(model, batches, loss=None, measured=None):
-    """Loss, perplexity and metrics over batches as a dict, and how many losses counted."""
-    streaming = {name: metric for name, metric in (measured or {}).items() if tasks.is_streaming(metric)}
-    means = {name: metrics.Mean(f) for name, f in (measured or {}).items() if name not in streaming}
-    for metric in streaming.values():
-        metric.reset()
-    training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    try:
-        with no_grad():
-            for batch in batches:
-                if loss is None:
-                    losses, n = tasks.language_loss(model, batch, "none")
-                    total += float(losses.data.sum(dtype=np.float64))
-                else:
-                    part, n = tasks.checked_loss(loss(model, batch))
-                    total += part.item()
-                count += n
-                if measured:
-                    outputs = model(batch.inputs)
-                for metric in streaming.values():
-                    metric.update(outputs, batch.targets, tasks.counted(batch))
-                for mean in means.values():
-                    mean.update(outputs, batch)
-    finally:
-        model.train(training)
-    if not count:
-        return {}, 0
-    mean = total / count
-    result = {"loss": mean}
-    if loss is None:
-        result["perplexity"] = math.exp(mean) if mean < 700 else math.inf
-    for name in measured or ():
-        if name in streaming:
-            value = streaming[name].compute()
-            several = isinstance(value, dict)
-            result |= {f"{name}.{part}": v for part, v in value.items()} if several else {name: value}
-        elif means[name].count:  # what was not measured has no key
-            result[name] = means[name].compute()
-    return result, count
-
-
-def _check_run(run_dir):
-    if not (run_dir / "config.toml").exists():
-        raise InputError(f"{run_dir} holds no run: it has no config.toml")

@@ -19,7 +19,10 @@ TINY = [
     "--train.batch-size", "4", "--train.max-steps", "12", "--train.eval-interval", "6",
     "--train.checkpoint-interval", "6", "--schedule.warmup-steps", "2", "--train.threads", "1",
 ]  # fmt: skip
-COMMANDS = ("quickstart", "train", "resume", "sweep", "plot", "sample", "info", "bench")
+COMMANDS = (
+    "quickstart", "train", "resume", "sweep", "plot", "sample", "eval", "replay", "inspect",
+    "verify-resume", "info", "bench",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def test_folder_of_token_files(tmp_path):
         (b"\7\0\2\0", {"vocab_size": 5}, "has token 7 at position 0, but the vocabulary has 5 tokens"),
         (b"ab", {"dtype": "float32"}, "must be uint8, uint16 or uint32"),
         (b"ab", {"vocab_size": -1}, "must be a positive integer"),
-        (b"ab", {"vocab": 1}, "keys among dtype, tokenizer, vocab_size"),
+        (b"ab", {"vocab": 1}, "keys among dtype, sha256, tokenizer, vocab_size"),
         (b"ab", {"tokenizer": {"type": "bpe"}}, "not a tokenizer's description"),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cllm
-from cllm import checkpoint, cli, figures, metrics, nn, progress, records, train
+from cllm import checkpoint, cli, figures, metrics, nn, progress, records, saved, train
 from cllm import config as configs
 from cllm.data import Examples
 from cllm.data.batch import feed, order
@@ -270,7 +270,7 @@ def test_any_split_into_micro_batches_trains_the_same(folder, batch_size, grad_a
     fit("split", train__batch_size=batch_size, train__grad_accum=grad_accum, **base)
     for a, b in zip(untimed("whole"), untimed("split"), strict=True):
         assert a.pop("split") == b.pop("split") and a == pytest.approx(b, rel=1e-4)
-    weights = [train.load(name)[0].state_dict() for name in ("whole", "split")]
+    weights = [saved.load(name)[0].state_dict() for name in ("whole", "split")]
     for name, array in weights[0].items():
         np.testing.assert_allclose(array, weights[1][name], rtol=1e-4, atol=1e-6)
 
@@ -412,7 +412,7 @@ def test_label_smoothing_and_z_loss_are_of_training_alone(tmp_path, text_file):
     assert none[0]["loss"] < z[0]["loss"] and none[0]["loss"] != smooth[0]["loss"]
     text = cllm.data.load(text_file)
     for name, lines in {"none": none, "smooth": smooth, "z": z}.items():
-        model, _ = train.load(tmp_path / name)
+        model, _ = saved.load(tmp_path / name)
         assert lines[-1]["loss"] == cllm.evaluate(model, text.val)["loss"]
         assert lines[-1]["perplexity"] == pytest.approx(np.exp(lines[-1]["loss"]))
         assert list(lines[-1])[2:] == ["loss", "perplexity", "accuracy", "bits_per_byte"]
@@ -575,9 +575,9 @@ def test_a_changed_file_is_refused_with_the_way_on(folder):
         train.resume("run", progress=Silent())
     assert Path("run/metrics.jsonl").read_bytes() == before
     # To be looked at, the model is made with the copy that the run keeps.
-    model, _ = train.load("run")
+    model, _ = saved.load("run")
     (folder / "my.py").rename(folder / "elsewhere.py")
-    again, _ = train.load("run")
+    again, _ = saved.load("run")
     for name, array in model.state_dict().items():
         assert array.tobytes() == again.state_dict()[name].tobytes()
     kept = re.search(message, str(caught.value))[1]
@@ -639,8 +639,8 @@ def test_a_task_made_in_python_is_resumed_from_python(tmp_path):
     train.resume(run_dir, task=make(), callbacks=[Counter()], progress=Silent())
     assert untimed(run_dir) == untimed(tmp_path / "unstopped")
     with pytest.raises(InputError, match="task made in Python: give it again, as task="):
-        train.load(run_dir)
-    model, tokenizer = train.load(run_dir, task=make())
+        saved.load(run_dir)
+    model, tokenizer = saved.load(run_dir, task=make())
     assert tokenizer is None and cllm.evaluate(model, cells(seed=1))["loss"] == untimed(run_dir)[-1]["loss"]
     with pytest.raises(InputError, match=r"task is given, and task.build names another"):
         config = configs.load(None, {"task.build": f"{ROOT}/experiments/grokking.py:build"})
@@ -702,7 +702,7 @@ def test_a_loop_of_ones_own(loop_file):
     assert [p.name for p in sorted(Path("run/checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
     assert train.resume("run") == summary
     with pytest.raises(InputError, match=r"by loop.py:train, which alone knows its model; .*step-00000009"):
-        train.load("run")
+        saved.load("run")
     longer = train.resume("run", {"train.max_steps": 12}, progress=Silent())
     assert longer["step"] == 12
     assert [r["n"] for r in untimed("run") if r["split"] == "train"] == list(range(1, 13))

@@ -15,9 +15,11 @@ import cllm
 from cllm import config as configs
 from cllm import data, kernels, optim, progress, records, rng, schedules, train
 from cllm.errors import InputError
+from cllm.evaluation import evaluate
 from cllm.progress import Silent
+from cllm.saved import load
 from cllm.tensor import Tensor
-from cllm.train import Trainer, evaluate, load, resume
+from cllm.train import Trainer, resume
 
 SENTENCE = "to be or not that is the question whether nobler in mind suffer slings and arrows"
 
@@ -402,7 +404,7 @@ def test_finished_resume_changes_nothing(tmp_path, text_path):
 
 def test_resume_with_more_steps_goes_on(tmp_path, text_path):
     run_dir = tmp_path / "run"
-    fit(tiny(text_path, run_dir))
+    fit(tiny(text_path, run_dir, schedule__name="constant"))
     summary = resume(run_dir, {"train.max_steps": 25}, progress=Silent())
     assert summary["step"] == 25 and configs.load(run_dir / "config.toml").train.max_steps == 25
     assert [r["step"] for r in untimed(run_dir) if r["split"] == "train"] == list(range(1, 26))
@@ -422,7 +424,7 @@ def test_resume_completes_a_run_that_lacks_only_its_summary(tmp_path, text_path)
 
 def test_resume_refuses_what_would_be_another_run(tmp_path, text_path):
     run_dir = tmp_path / "run"
-    fit(tiny(text_path, run_dir))
+    fit(tiny(text_path, run_dir, schedule__name="constant"))
     before = snapshot(run_dir)
     with pytest.raises(InputError, match=r"^model.n_layer cannot change when a run is resumed, only"):
         resume(run_dir, {"model.n_layer": 3})

@@ -38,7 +38,8 @@ cdef inline size_t _size_class(size_t n, int* number) noexcept nogil:
 cdef class Block:
     """Owns one buffer and gives it back to the pool when the last array over it is gone."""
     cdef void* address          # what malloc returned; the data starts at the next multiple of 64
-    cdef size_t size
+    cdef readonly size_t size   # bytes
+    cdef readonly bint recycled # whether the pool had the buffer
     cdef int number             # of its size class
 
     def __dealloc__(self):
@@ -97,6 +98,7 @@ cpdef object empty(object shape, object dtype=np.float32):
     block.size = _size_class(n if n > 0 else 1, &block.number)
     block.address = _free[block.number]
     if block.address is not NULL:
+        block.recycled = True
         _free[block.number] = (<void**>block.address)[0]
         _idle_bytes -= block.size
     else:

@@ -19,10 +19,11 @@ the packed operands of these products. What it gives is added afterwards, to tho
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange, threadid
-from libc.math cimport ceil, log
+from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_largest, lanes_total
 from cllm._kernels.tile cimport MR, NV, VBYTES, pack, pack_transposed, round_up, tile
 
 cnp.import_array()
@@ -30,9 +31,15 @@ cnp.import_array()
 cdef extern from "scratch.h" nogil:
     void* cllm_scratch(size_t n_bytes)
 
-cdef extern from "vmath.h" nogil:
-    float cllm_expf(float x)
-    double cllm_exp(double x)
+cdef extern from "attention.h" nogil:
+    float cllm_softmax_row_f32(float* s, Py_ssize_t n, Py_ssize_t end, float* lse)
+    double cllm_softmax_row_f64(double* s, Py_ssize_t n, Py_ssize_t end, double* lse)
+    void cllm_score_gradients_f32(float* p, float* s, Py_ssize_t n, Py_ssize_t end, float lse, float delta)
+    void cllm_score_gradients_f64(double* p, double* s, Py_ssize_t n, Py_ssize_t end, double lse, double delta)
+    bint cllm_pack_finite_f32(const float* x, Py_ssize_t ld, Py_ssize_t T, Py_ssize_t D, Py_ssize_t width,
+                              float scale, float* y)
+    bint cllm_pack_finite_f64(const double* x, Py_ssize_t ld, Py_ssize_t T, Py_ssize_t D, Py_ssize_t width,
+                              double scale, double* y)
 
 cdef extern from "hash.h" nogil:
     uint32_t cllm_hash_high(uint64_t key, uint64_t index)
@@ -42,7 +49,6 @@ cdef extern from "math.h" nogil:
     const float INFINITY
 
 cdef enum:
-    LANES = 32                  # lanes of a row's maximum and sum, whatever the vector's width
     KEYS = 64                   # keys in a block of the backward pass: a multiple of every tile's width
     PAD = 16                    # row padding of score blocks: no rows 4 KB apart, room for whole lanes
 
@@ -52,13 +58,6 @@ cdef Py_ssize_t SCORE_BYTES = 256 * 1024    # of a forward block of scores: a qu
 cdef double SERIAL_BELOW = 200_000
 
 
-cdef inline floating exp_(floating x) noexcept nogil:
-    if floating is float:
-        return cllm_expf(x)
-    else:
-        return cllm_exp(x)
-
-
 cdef inline Py_ssize_t panel_width(Py_ssize_t item_size) noexcept nogil:
     return NV * VBYTES // item_size
 
@@ -66,11 +65,9 @@ cdef inline Py_ssize_t panel_width(Py_ssize_t item_size) noexcept nogil:
 cdef bint all_finite(const floating* x, Py_ssize_t stride, Py_ssize_t T, Py_ssize_t D) noexcept nogil:
     """Whether x (T, D) has no NaN and no infinity: x * 0 is 0 for finite x only."""
     cdef floating lane[LANES]
-    cdef floating total = 0
     cdef Py_ssize_t i, c
     cdef int l
-    for l in range(LANES):
-        lane[l] = 0
+    lanes_clear(lane)
     for i in range(T):
         c = 0
         while c + LANES <= D:
@@ -80,44 +77,15 @@ cdef bint all_finite(const floating* x, Py_ssize_t stride, Py_ssize_t T, Py_ssiz
         while c < D:
             lane[0] += x[i * stride + c] * <floating>0
             c = c + 1
-    for l in range(LANES):
-        total += lane[l]
-    return total == 0
+    return lanes_total(lane) == 0
 
 
-cdef floating softmax_row(floating* s, Py_ssize_t n, Py_ssize_t end, floating* lse) noexcept nogil:
-    """s[:n] = exp(s - max), s[n:end] = 0.  Writes the log-sum-exp and returns 1 / sum.
-
-    s has room for n rounded up to whole lanes. n >= 1.
-    """
-    cdef floating lane[LANES]
-    cdef floating total[LANES]
-    cdef floating biggest, v
-    cdef Py_ssize_t whole = round_up(n, LANES), j
-    cdef int l
-    for j in range(n, whole):
-        s[j] = -INFINITY
-    for l in range(LANES):
-        lane[l] = s[l]
-        total[l] = 0
-    for j from LANES <= j < whole by LANES:
-        for l in range(LANES):
-            lane[l] = s[j + l] if s[j + l] > lane[l] else lane[l]
-    biggest = lane[0]
-    for l in range(1, LANES):
-        biggest = lane[l] if lane[l] > biggest else biggest
-    for j from 0 <= j < whole by LANES:
-        for l in range(LANES):
-            v = exp_(s[j + l] - biggest)
-            s[j + l] = v
-            total[l] += v
-    v = 0
-    for l in range(LANES):
-        v += total[l]
-    for j in range(n, end):
-        s[j] = 0
-    lse[0] = biggest + <floating>log(v)
-    return <floating>1 / v
+cdef inline floating softmax_row(floating* s, Py_ssize_t n, Py_ssize_t end, floating* lse) noexcept nogil:
+    """s[:n] = exp(s - max), s[n:end] = 0.  Writes the log-sum-exp and returns 1 / sum."""
+    if floating is float:
+        return cllm_softmax_row_f32(s, n, end, lse)
+    else:
+        return cllm_softmax_row_f64(s, n, end, lse)
 
 
 cdef void drop_row(floating* s, Py_ssize_t n, const Shape* shape, uint64_t index) noexcept nogil:
@@ -245,9 +213,13 @@ cdef bint pack_finite(const floating* x, Py_ssize_t stride, Py_ssize_t T, Py_ssi
 
     Returns whether all are finite.
     """
+    cdef bint finite
     cdef Py_ssize_t i
-    pack(x, stride, T, D, width, scale, y)
-    if all_finite(y, width, T, width):
+    if floating is float:
+        finite = cllm_pack_finite_f32(x, stride, T, D, width, <float>scale, y)
+    else:
+        finite = cllm_pack_finite_f64(x, stride, T, D, width, scale, y)
+    if finite:
         return True
     for i in range(T):
         if not all_finite(y + i * width, 0, 1, width):
@@ -313,8 +285,8 @@ cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* KT, con
             for g from i0 <= g < i1 by MR:
                 mr = min(MR, i1 - g)
                 n = min(W, keys_seen(shape, offset, g + mr - 1, seen) - j0)
-                if n > 0:
-                    tile(mr, n, D, q + g * qt, qt, 1, KT + j0 * D, W, S + (g - i0) * ld + j0, ld,
+                if n > 0:       # whole vectors: stores of a part would go element by element
+                    tile(mr, round_up(n, vector), D, q + g * qt, qt, 1, KT + j0 * D, W, S + (g - i0) * ld + j0, ld,
                          <const floating*>NULL, 0, <const floating*>NULL)
         for i in range(i0, i1):
             s = S + (i - i0) * ld + first
@@ -391,25 +363,31 @@ cdef Py_ssize_t backward_scratch(const Shape* shape, Py_ssize_t item_size) noexc
     return round_up(Tk * (3 * D + 2 * E) + Tq * (2 * D + E + 1) + 2 * ROWS * (KEYS + PAD), 16)
 
 
-cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, floating lse, floating delta,
+cdef void score_gradients(floating* p, floating* s, Py_ssize_t n, Py_ssize_t end, floating lse, floating delta,
                           const Shape* shape, uint64_t index) noexcept nogil:
-    """p: scores to probabilities (after dropout: what multiplied V); s: dP to dS.  n <= KEYS elements."""
-    cdef floating q[KEYS]
+    """p: scores to probabilities (after dropout: what multiplied V); s: dP to dS.  Zeros from n <= KEYS to end."""
+    if shape.keep_scale != 1:
+        drop_row(s, n, shape, index)
+    if floating is float:
+        cllm_score_gradients_f32(p, s, n, end, lse, delta)
+    else:
+        cllm_score_gradients_f64(p, s, n, end, lse, delta)
+    if shape.keep_scale != 1:
+        drop_row(p, n, shape, index)
+
+
+cdef double row_product(const floating* x, const floating* y, Py_ssize_t n) noexcept nogil:
+    """The sum of x y, in double: it is subtracted from terms of its own size."""
+    cdef double lane[LANES]
     cdef Py_ssize_t c
     cdef int l
-    # Whole lanes, so that the loop has no tail: what lies beyond n is padding, and zeroed afterwards.
-    if shape.keep_scale == 1:
-        for c from 0 <= c < n by LANES:
-            for l in range(LANES):
-                p[c + l] = exp_(p[c + l] - lse)
-                s[c + l] = p[c + l] * (s[c + l] - delta)
-        return
-    drop_row(s, n, shape, index)
-    for c in range(n):
-        q[c] = exp_(p[c] - lse)
-        s[c] = q[c] * (s[c] - delta)
-        p[c] = q[c]
-    drop_row(p, n, shape, index)
+    lanes_clear(lane)
+    for c from 0 <= c <= n - LANES by LANES:
+        for l in range(LANES):
+            lane[l] += <double>x[c + l] * <double>y[c + l]
+    for c in range(n - n % LANES, n):
+        lane[c % LANES] += <double>x[c] * <double>y[c]
+    return lanes_total(lane)
 
 
 cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, Py_ssize_t qt,
@@ -436,14 +414,10 @@ cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, 
     cdef bint biased = shape.mask is not NULL or shape.slopes is not NULL
     cdef bint finite_q = pack_finite(q, qt, Tq, D, Dp, shape.scale, Q)
     cdef bint finite_dout = pack_finite(dout, gt, Tq, E, Ep, 1, DO)
-    cdef Py_ssize_t i0, i1, first, end, j0, jb, g, i, j, c, n, mr
-    cdef double total
+    cdef Py_ssize_t i0, i1, first, end, j0, jb, g, i, j, c, n, mr, last
     memset(DQ, 0, Tp * Dp * sizeof(floating))
     for i in range(Tq):
-        total = 0               # double: it is subtracted from terms of its own size
-        for c in range(E):
-            total = total + <double>dout[i * gt + c] * out[i * ot + c]
-        delta[i] = <floating>total
+        delta[i] = <floating>row_product(dout + i * gt, out + i * ot, E)
     for jb from 0 <= jb < Tk by KEYS:
         first = max(jb - offset, 0) // ROWS * ROWS if shape.causal else 0
         for i0 from first <= i0 < Tq by ROWS:
@@ -454,27 +428,26 @@ cdef void backward_head(const floating* dout, Py_ssize_t gt, const floating* q, 
             for j0 from jb <= j0 < end by W:
                 for g from i0 <= g < i1 by MR:
                     mr = min(MR, i1 - g)
-                    n = min(W, keys_seen(shape, offset, g + mr - 1, end) - j0)
-                    if n > 0:
+                    n = round_up(min(W, keys_seen(shape, offset, g + mr - 1, end) - j0), vector)
+                    if n > 0:   # whole vectors, as in forward_head
                         tile(mr, n, D, q + g * qt, qt, 1, KT + j0 * D, W, P + (g - i0) * ld + j0 - jb, ld,
                              <const floating*>NULL, 0, <const floating*>NULL)
                         tile(mr, n, E, dout + g * gt, gt, 1, VT + j0 * E, W, S + (g - i0) * ld + j0 - jb, ld,
                              <const floating*>NULL, 0, <const floating*>NULL)
             for i in range(i0, i1):
                 n = keys_seen(shape, offset, i, end) - jb
+                last = min(max(n, 0) + MR, ld)
                 if n > 0:
                     if biased:
                         add_bias(P + (i - i0) * ld, n, shape, b, h, i, jb)
-                    score_gradients(P + (i - i0) * ld, S + (i - i0) * ld, n, lse[i], delta[i], shape,
+                    score_gradients(P + (i - i0) * ld, S + (i - i0) * ld, n, last, lse[i], delta[i], shape,
                                     <uint64_t>((b * shape.H + h) * Tq + i) * shape.Tk + jb)
                     if shape.mask is not NULL:
                         exclude(P + (i - i0) * ld, n, shape, b, h, i, jb, <floating>0)
                         exclude(S + (i - i0) * ld, n, shape, b, h, i, jb, <floating>0)
                 else:
-                    n = 0
-                for c in range(n, min(n + MR, ld)):
-                    P[(i - i0) * ld + c] = 0
-                    S[(i - i0) * ld + c] = 0
+                    memset(P + (i - i0) * ld, 0, last * sizeof(floating))
+                    memset(S + (i - i0) * ld, 0, last * sizeof(floating))
             for j0 from jb <= j0 < end by MR:
                 mr = min(MR, end - j0)
                 g = max(i0, j0 - offset) if shape.causal else i0    # the first query that sees key j0

@@ -8,7 +8,7 @@ neither on the thread count nor on how M and N are cut.
 """
 cimport numpy as cnp
 from cython cimport floating
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport parallel, prange, threadid
 
 from cllm._kernels.tile cimport MR, NV, VBYTES, ceil_div, pack, pack_transposed, round_up, tile
 
@@ -26,11 +26,14 @@ cdef extern from *:
     """
     #ifdef _OPENMP
     #define CLLM_OPENMP 1
+    #define CLLM_BARRIER() _Pragma("omp barrier")
     #else
     #define CLLM_OPENMP 0
+    #define CLLM_BARRIER()
     #endif
     """
     bint CLLM_OPENMP
+    void wait_for_all "CLLM_BARRIER"() nogil    # a prange inside of `parallel` does not wait at its end
 
 OPENMP = bool(CLLM_OPENMP)              # whether the kernels were built with threads
 
@@ -44,13 +47,15 @@ cdef enum:
     A_PANEL = 48                        # rows of A packed side by side: a multiple of every tile's
     MAX_TILE = 6 * 64                   # elements in the largest tile
 cdef Py_ssize_t N_CHUNK = 4096          # columns of B packed at a time: bounds the scratch memory
+cdef Py_ssize_t OWN_FROM = 96           # rows from which a thread packs a small b for itself,
+cdef Py_ssize_t OWN_BYTES = 256 * 1024  # of at most this size: a quarter of L2
 # Below this many multiply-adds a second thread costs more than it brings (two parallel regions, 3 us each).
 cdef double SERIAL_BELOW = 400_000
 
 
 cdef void pack_panel(const floating* b, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize_t k, Py_ssize_t n,
                      Py_ssize_t width, floating* y) noexcept nogil:
-    """y (k, width) = the first n columns of b, zeros in the others; one of b's strides is 1."""
+    """y (k, width) = the first n columns of b, zeros up to the next whole vector; one of b's strides is 1."""
     if bcs == 1:
         pack(b, brs, k, n, width, 1, y)
     else:
@@ -137,9 +142,48 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     transpose, weight x^T, is computed, which reads weight in place.
     """
     cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
+    if <double>M * N * max(K, 1) < SERIAL_BELOW:
+        n_threads = 1
     if flipped:
-        return blocks(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
-    return blocks(False, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
+        return shares(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
+    return shares(False, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
+
+
+cdef inline bint in_place(Py_ssize_t N, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize_t width) noexcept nogil:
+    """Whether b is its own packed panel."""
+    return N == width and brs == width and bcs == 1
+
+
+cdef int shares(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
+                const floating* a, Py_ssize_t ars, Py_ssize_t acs,
+                const floating* b, Py_ssize_t brs, Py_ssize_t bcs,
+                floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd,
+                const floating* bias, int n_threads) noexcept nogil:
+    """`blocks`, for a small b by threads that pack it each for itself: what another core has packed comes slowly.
+
+    (256,192,64) on 2 threads:  us; rows of the result stay with the core that reads them next.
+    """
+    cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t share = round_up(ceil_div(M, n_threads), MR), at, most = OWN_BYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t columns = width * ceil_div(ceil_div(N, width), n_threads)
+    cdef int status = 0, task
+    cdef bint own = in_place(N, brs, bcs, width) or (acs == 1 and share >= OWN_FROM and N * K <= most)
+    if n_threads > 1 and own:
+        for task in prange(n_threads, num_threads=n_threads, schedule="static"):
+            at = task * share
+            if at < M:
+                status |= blocks(flipped, min(share, M - at), N, K, a + at * ars, ars, acs, b, brs, bcs,
+                                 c + (at if flipped else at * ldc), ldc,
+                                 add + (at if flipped else at * ldadd) if add is not NULL else NULL, ldadd,
+                                 bias + at if flipped and bias is not NULL else bias, 1)
+        return status
+    if n_threads > 1 and acs != 1 and columns * n_threads == N and M * K <= most:
+        for task in prange(n_threads, num_threads=n_threads, schedule="static"):
+            at = task * columns
+            status |= blocks(flipped, M, columns, K, a, ars, acs, b + at * bcs, brs, bcs, c + at, ldc,
+                             add + at if add is not NULL else NULL, ldadd, bias + at if bias is not NULL else NULL, 1)
+        return status
+    return blocks(flipped, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
 
 
 cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
@@ -160,12 +204,12 @@ cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     cdef floating* scratch
     cdef floating* packed
     cdef bint by_panels
+    cdef bint ready = in_place(N, brs, bcs, width)
+    cdef floating* panels
     if M == 0 or N == 0:
         return 0
-    if <double>M * N * max(K, 1) < SERIAL_BELOW:
-        n_threads = 1
     # Few rows: a panel is packed and used at once, while it is in L2, by one thread.
-    by_panels = acs == 1 and M <= 2 * M_BLOCK and n_chunk >= 4 * width * n_threads
+    by_panels = acs == 1 and not ready and M <= 2 * M_BLOCK and n_chunk >= 4 * width * n_threads
     # Equal blocks of rows, as many as a multiple of the threads; too few rows: columns are cut as well.
     n_m = ceil_div(M, M_BLOCK * n_threads) * n_threads
     m_block = round_up(ceil_div(M, n_m), MR)
@@ -198,14 +242,17 @@ cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
                     panel_block(flipped, p * width, M, n, k, a + k0 * acs, ars, b + k0 * brs + n0 * bcs, brs, bcs,
                                 scratch + threadid() * width * k_block, width, c + at, ldc, start, ldstart, last)
             else:
-                for p in prange(n_panels, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
-                    pack_panel(b + k0 * brs + (n0 + p * width) * bcs, brs, bcs, k, min(width, n - p * width), width,
-                               scratch + p * width * k_block)
-                for task in prange(n_m * n_split, num_threads=n_threads, schedule="static",
-                                   use_threads_if=n_threads > 1):
-                    grid_block(flipped, task, n_split, m_block, panels_each, M, n, k, a + k0 * acs, ars, acs, scratch,
-                               width, width * k_block, c + at, ldc, start, ldstart, last,
-                               packed + a_size * threadid())
+                panels = <floating*>b + k0 * brs if ready else scratch
+                with parallel(num_threads=n_threads, use_threads_if=n_threads > 1):
+                    if not ready:
+                        for p in prange(n_panels, schedule="static"):
+                            pack_panel(b + k0 * brs + (n0 + p * width) * bcs, brs, bcs, k, min(width, n - p * width),
+                                       width, scratch + p * width * k_block)
+                        wait_for_all()
+                    for task in prange(n_m * n_split, schedule="static"):
+                        grid_block(flipped, task, n_split, m_block, panels_each, M, n, k, a + k0 * acs, ars, acs,
+                                   panels, width, width * k_block, c + at, ldc, start, ldstart, last,
+                                   packed + a_size * threadid())
             k0 = k0 + k
             if k0 >= K:
                 break

@@ -102,11 +102,12 @@ static inline void NAME(cllm_tile)(
     NAME(tiles)[mr - 1][(n + LANES - 1) / LANES - 1](n, k, a, ars, acs, b, ldb, c, ldc, add, ldadd, bias);
 }
 
-/* y[k][j] = x[j * ld + k] * scale for j < n (zeros up to width), k < count: a panel of the transposed operand. */
+/* y[k][j] = x[j * ld + k] * scale for j < n (zeros up to the next whole vector), k < count: a panel of the
+ * transposed operand. */
 static inline void NAME(cllm_pack_transposed)(
     const REAL *restrict x, ptrdiff_t ld, ptrdiff_t count, ptrdiff_t n, ptrdiff_t width, REAL scale, REAL *restrict y)
 {
-    for (ptrdiff_t j = 0; j < width; j += LANES) {
+    for (ptrdiff_t j = 0; j < n; j += LANES) {
         ptrdiff_t k = 0;
 #if defined(__GNUC__) && !defined(__clang__)
         /* A square of LANES x LANES: log2(LANES) rounds of interleaving row i with row i + LANES / 2. */
@@ -145,14 +146,16 @@ static inline void NAME(cllm_pack_transposed)(
     }
 }
 
-/* y[k][j] = x[k * ld + j] * scale for j < n (zeros up to width), k < count: a panel of a row-major operand. */
+/* y[k][j] = x[k * ld + j] * scale for j < n (zeros up to the next whole vector), k < count: a panel of a
+ * row-major operand. */
 static inline void NAME(cllm_pack)(
     const REAL *restrict x, ptrdiff_t ld, ptrdiff_t count, ptrdiff_t n, ptrdiff_t width, REAL scale, REAL *restrict y)
 {
+    const ptrdiff_t whole = (n + LANES - 1) / LANES * LANES;
     for (ptrdiff_t k = 0; k < count; k++, x += ld, y += width) {
         for (ptrdiff_t j = 0; j < n; j++)
             y[j] = x[j] * scale;
-        for (ptrdiff_t j = n; j < width; j++)
+        for (ptrdiff_t j = n; j < whole; j++)
             y[j] = 0;
     }
 }

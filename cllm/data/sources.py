@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cllm.data import cache
 from cllm.data.tokenizers import tokenizer_from_dict
 from cllm.errors import InputError, nearest
 
@@ -31,10 +32,13 @@ class Document:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One .bin file: its path, its tokens (memory-mapped, read-only), and what its .json file says."""
+    """One .bin file: its path, its tokens (memory-mapped, read-only), its bytes' hash, its largest token,
+    and what its .json file says."""
 
     path: str
     array: np.ndarray
+    sha256: str
+    largest: int
     vocab_size: int | None
     tokenizer: object | None
 
@@ -102,7 +106,8 @@ def token_files(source):
 
     Tokens are little-endian uint16, as nanoGPT writes them, unless a .json file of the same name beside
     the .bin says otherwise: ``{"dtype": "uint8" | "uint16" | "uint32", "vocab_size": N,
-    "tokenizer": {...}}``, each key optional.
+    "tokenizer": {...}, "sha256": "..."}``, each key optional; with the last, a file whose bytes have another
+    hash is refused.
 
     Returns
     -------
@@ -184,10 +189,18 @@ def _token_file(path):
         raise InputError(
             f"{path} has {size} bytes; a {dtype.name} token file has a positive multiple of {dtype.itemsize}"
         )
+    sha256, largest = cache.scan(path, dtype)
+    if sha256 != description.get("sha256", sha256):
+        raise InputError(
+            f"{path} is damaged or another file: its SHA-256 is {sha256}, "
+            f"{path.with_suffix('.json').name} says {description['sha256']}"
+        )
     tokenizer = description.get("tokenizer")
     return TokenFile(
         path=str(path),
         array=np.asarray(np.memmap(path, dtype, mode="r")),
+        sha256=sha256,
+        largest=largest,
         vocab_size=description.get("vocab_size"),
         tokenizer=tokenizer and tokenizer_from_dict(tokenizer, f"tokenizer in {path.with_suffix('.json')}"),
     )
@@ -200,7 +213,7 @@ def _sidecar(path):
         return {}
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    known = {"dtype", "vocab_size", "tokenizer"}
+    known = {"dtype", "sha256", "tokenizer", "vocab_size"}
     if not isinstance(description, dict) or set(description) - known:
         raise InputError(f"{path} must be a JSON object with keys among {', '.join(sorted(known))}")
     if description.get("dtype", "uint16") not in ("uint8", "uint16", "uint32"):

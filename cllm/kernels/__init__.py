@@ -20,6 +20,7 @@ from cllm.kernels.attention import (
     packed_attention_backward,
     packed_attention_forward,
 )
+from cllm.kernels.batches import TOKENS, gather_windows
 from cllm.kernels.elementwise import (
     ACTIVATIONS,
     dropout_backward,

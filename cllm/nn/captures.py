@@ -46,15 +46,31 @@ def capture(model, *patterns):
     feed-forward layer leave the fused operations, so that it takes longer and more memory.
     """
     watch = _Capture(model, patterns)
+    with watching(model, watch):
+        yield watch.seen
+    watch.check()
+
+
+@contextmanager
+def watching(model, watch):
+    """Within this context an object is told of what a model's modules compute.
+
+    Parameters
+    ----------
+    model : Module
+    watch : object
+        ``output(module, value)`` comes after each module's forward; ``offer(module, name, value)`` with what
+        it observes; ``wants(module, name)`` says whether that is asked for, None being the output: what is
+        asked for leaves the fused operations.
+    """
     modules = list(model.modules())
     for module in modules:
         module._captures = (*module._captures, watch)
     try:
-        yield watch.seen
+        yield
     finally:
         for module in modules:
             module._captures = tuple(other for other in module._captures if other is not watch)
-    watch.check()
 
 
 class _Capture:

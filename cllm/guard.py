@@ -1,0 +1,167 @@
+"""What a run does when a step goes wrong: its loss or gradient not finite, or its loss far above the last.
+
+The step is judged before the weights change. What was there is kept in
+``RUN/incidents/step-00000123.safetensors``: the weights, the batch, and why, for `cllm.replay`.
+"""
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cllm.errors import InputError
+from cllm.files import write_atomic
+
+__all__ = ["Guard", "GuardConfig", "incidents", "load_incident", "save_incident"]
+
+KEPT = 2  # incidents of a run whose weights are kept
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """[guard]: what happens when a step's loss or gradient is not finite, or its loss is a spike.
+
+    Parameters
+    ----------
+    policy : {"stop", "skip", "rollback"}
+        End the run; leave the weights as they were and go on with the next step; or go back to the newest
+        checkpoint and on from there with the training data in another order.
+    spike : float
+        How many standard deviations above the mean of the last losses a loss is a spike; 0: none is.
+    window : int
+        How many last losses that are.
+    limit : int
+        How often a run may skip or go back; the next time it stops.
+    """
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    spike: float = 0.0
+    window: int = 100
+    limit: int = 10
+
+    def __post_init__(self):
+        if not 0 <= self.spike < math.inf:
+            raise InputError(f"spike is {self.spike:g}, it must be 0 or more")
+        if self.window < 2:
+            raise InputError(f"window is {self.window}, it must be at least 2")
+        if self.limit < 0:
+            raise InputError(f"limit is {self.limit}, it must be 0 or more")
+
+
+class Guard:
+    """Judges steps; its state is part of each checkpoint.
+
+    Attributes
+    ----------
+    count : int
+        Steps that went wrong so far.
+    order : int
+        How often the order of the training data was changed.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.recent = deque(maxlen=config.window)
+        self.count = self.order = 0
+
+    def judge(self, loss, norm):
+        """What is wrong with a step, in words; None when nothing is, and its loss is then one of the last."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the loss is {loss:g} and the gradient's norm {norm:g}"
+        if self.config.spike and len(self.recent) == self.config.window:
+            mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
+            if loss > mean + self.config.spike * deviation:
+                above = (loss - mean) / deviation if deviation else math.inf
+                return (
+                    f"the loss is {loss:.4g}, {above:.1f} standard deviations above the last "
+                    f"{self.config.window} losses' mean of {mean:.4g}"
+                )
+        self.recent.append(loss)
+        return None
+
+    def state_dict(self):
+        return {"recent": list(self.recent), "count": self.count, "order": self.order}
+
+    def load_state_dict(self, state):
+        self.recent = deque(state["recent"], maxlen=self.config.window)
+        self.count, self.order = state["count"], state["order"]
+
+
+def save_incident(run_dir, step, weights, batches, facts):
+    """Keep a step that went wrong, and delete all but the newest ones.
+
+    Parameters
+    ----------
+    run_dir : path-like
+    step : int
+        Updates done before it.
+    weights : dict of str to ndarray
+        As they were when it was computed.
+    batches : list of Batch
+        Its micro-batches.
+    facts : dict
+        JSON values: loss, gradient norm, why.
+
+    Returns
+    -------
+    Path
+    """
+    from safetensors.numpy import save
+
+    arrays = {f"weights.{name}": np.ascontiguousarray(array) for name, array in weights.items()}
+    for i, batch in enumerate(batches):
+        for name in ("inputs", "targets", "mask"):
+            array = getattr(batch, name)
+            if array is not None:
+                arrays[f"batch.{i}.{name}"] = np.ascontiguousarray(array)
+    folder = Path(run_dir) / "incidents"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:08d}.safetensors"
+    write_atomic(path, save(arrays, metadata={"facts": json.dumps({"step": step, **facts})}))
+    for old in incidents(run_dir)[:-KEPT]:
+        os.unlink(old)
+    return path
+
+
+def incidents(run_dir):
+    """The files of a run's incidents, in the order of steps."""
+    return sorted((Path(run_dir) / "incidents").glob("step-*.safetensors"))
+
+
+def load_incident(path):
+    """What `save_incident` kept.
+
+    Returns
+    -------
+    weights : dict of str to ndarray
+    batches : list of dict
+        "inputs", "targets" and perhaps "mask" of each micro-batch.
+    facts : dict
+
+    Raises
+    ------
+    InputError
+        When the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights, batches = {}, {}
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = json.loads(file.metadata()["facts"])
+            for key in file.keys():  # noqa: SIM118  (it is no dict)
+                kind, _, name = key.partition(".")
+                if kind == "weights":
+                    weights[name] = file.get_tensor(key)
+                else:
+                    index, _, name = name.partition(".")
+                    batches.setdefault(int(index), {})[name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    return weights, [batches[i] for i in sorted(batches)], facts

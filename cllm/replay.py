@@ -1,0 +1,223 @@
+"""One step of a run again, in its own precision and in float64: which layer went wrong first.
+
+What a guard kept of the step (`cllm.guard`), its weights and its batch, is all that this needs.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from cllm import guard, rng, saved
+from cllm import task as tasks
+from cllm.data import Batch
+from cllm.errors import InputError
+from cllm.nn import watching
+from cllm.tensor import Tensor
+
+__all__ = ["Replay", "Row", "replay"]
+
+# A relative difference to float64 above this is no rounding any more; a sound layer's is about 1e-6.
+WRONG = 1e-2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module's output, or a parameter's gradient, in both precisions.
+
+    Attributes
+    ----------
+    name : str
+    largest, exact : float
+        Largest magnitude in the run's precision and in float64; NaN where there is one.
+    nonfinite : float
+        Share of elements that are infinite or NaN in the run's precision, 0 to 1.
+    difference : float
+        |x - exact| / |exact|, of the 2-norms.
+    """
+
+    name: str
+    largest: float
+    exact: float
+    nonfinite: float
+    difference: float
+
+    @property
+    def wrong(self):
+        return self.nonfinite > 0 or not self.difference <= WRONG
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What `replay` found.
+
+    Attributes
+    ----------
+    facts : dict
+        What the guard noted: step, why, loss, lr, grad_norm.
+    micro : int
+        The micro-batch that the rows are of: the first in which something is wrong, else the first.
+    loss, exact : float
+        Its loss, in the run's precision and in float64.
+    forward, backward : list of Row
+        Modules in the order in which they ended; parameters' gradients, those of the last layers first.
+    """
+
+    facts: dict
+    micro: int
+    loss: float
+    exact: float
+    forward: list
+    backward: list
+
+    @property
+    def verdict(self):
+        """Which layer went wrong first, in a sentence."""
+        for rows, what, verb in ((self.forward, "forward", "gives"), (self.backward, "backward", "gets")):
+            for row in rows:
+                if row.wrong:
+                    return f"first wrong in the {what} pass: {row.name}, which {verb} {_described(row)}"
+            if what == "forward" and not math.isfinite(self.loss):
+                return f"all modules are sound, the loss itself is {self.loss:g} (float64: {self.exact:g})"
+        return "no layer differs from float64: the weights and this batch do give this loss and gradient"
+
+    def lines(self):
+        """The whole finding as lines of text."""
+        yield f"step {self.facts['step'] + 1}: {self.facts['why']}"
+        yield f"micro-batch {self.micro}: loss {self.loss:.6g}, in float64 {self.exact:.6g}"
+        for title, rows in (("output of", self.forward), ("gradient of", self.backward)):
+            width = max([len(row.name) for row in rows] + [len(title)])
+            yield ""
+            yield f"{title:<{width}}  {'largest':>10}  {'float64':>10}  {'not finite':>10}  difference"
+            for row in rows:
+                share = f"{row.nonfinite:.1%}" if row.nonfinite else ""
+                mark = "  <- wrong" if row.wrong else ""
+                yield (
+                    f"{row.name:<{width}}  {row.largest:>10.3g}  {row.exact:>10.3g}  {share:>10}  "
+                    f"{row.difference:>10.1e}{mark}"
+                )
+        yield ""
+        yield self.verdict
+
+
+def _described(row):
+    if not row.nonfinite:
+        return f"numbers {row.difference:.1g} off those of float64"
+    also = "not" if math.isfinite(row.exact) else "too"
+    return f"{row.nonfinite:.1%} infinite or NaN (in float64 {also})"
+
+
+def replay(run_dir, step=None, task=None):
+    """Run a step that a guard kept again, in the run's precision and in float64.
+
+    Parameters
+    ----------
+    run_dir : path-like
+    step : int, optional
+        Which step, as the run counted it, from 1; the newest one unless given.
+    task : cllm.Task, optional
+        For a run whose task was given in Python: the same one again.
+
+    Returns
+    -------
+    Replay
+
+    Raises
+    ------
+    InputError
+        When the run kept no such step, or its file is damaged.
+    """
+    run_dir = Path(run_dir)
+    weights, batches, facts = guard.load_incident(_chosen(run_dir, step))
+    config, found = saved.parts(run_dir, facts, task)
+    model, loss = found.model, found.loss
+    options = {
+        f.name: getattr(config.loss, f.name) for f in fields(config.loss) if getattr(config.loss, f.name)
+    }
+
+    def run(micro, dtype):
+        """Loss, outputs and gradients of a micro-batch in a precision."""
+        model.flatten(dtype)
+        model.load_state_dict(weights)
+        model.train()
+        model.zero_grad()
+        batch = Batch(**{name: _cast(array, dtype) for name, array in batches[micro].items()})
+        rng.set_stream(facts["seed"], facts["step"], micro)
+        watch = _Outputs(model)
+        with watching(model, watch):
+            if loss is None:
+                total, count = tasks.language_loss(model, batch, **options)
+            else:
+                total, count = tasks.checked_loss(loss(model, batch))
+        (total * (1.0 / (count or 1))).backward()
+        gradients = {name: p.grad.copy() for name, p in model.named_parameters() if p.grad is not None}
+        return total.item() / (count or 1), watch.found, gradients
+
+    found = []
+    for micro in range(len(batches)):
+        mean, outputs, gradients = run(micro, weights[next(iter(weights))].dtype)
+        exact, exact_outputs, exact_gradients = run(micro, np.float64)
+        names = [name for name in gradients if name in exact_gradients]
+        found.append(
+            Replay(
+                facts, micro, mean, exact,
+                [_row(*key, x, exact_outputs[key]) for key, x in outputs.items() if key in exact_outputs],
+                [_row(name, 0, gradients[name], exact_gradients[name]) for name in reversed(names)],
+            )
+        )  # fmt: skip
+        if any(row.wrong for row in found[-1].forward + found[-1].backward):
+            return found[-1]
+    return found[0]
+
+
+def _chosen(run_dir, step):
+    kept = guard.incidents(run_dir)
+    if not kept:
+        raise InputError(f"{run_dir} kept no step that went wrong, so there is none to replay")
+    if step is None:
+        return kept[-1]
+    steps = {int(path.stem.removeprefix("step-")) + 1: path for path in kept}
+    if step not in steps:
+        raise InputError(f"step is {step}, {run_dir} kept {' and '.join(map(str, steps))}")
+    return steps[step]
+
+
+def _cast(array, dtype):
+    return array.astype(dtype) if array.dtype.kind == "f" else array
+
+
+def _row(name, call, x, exact):
+    x, exact = x.astype(np.float64), exact.astype(np.float64)
+    with np.errstate(all="ignore"):
+        size = float(np.linalg.norm(exact))
+        off = float(np.linalg.norm(x - exact))
+        return Row(
+            f"{name} (call {call + 1})" if call else name,
+            float(np.abs(x).max(initial=0)),
+            float(np.abs(exact).max(initial=0)),
+            float(np.mean(~np.isfinite(x))) if x.size else 0.0,
+            off / size if size else off,
+        )
+
+
+class _Outputs:
+    """Keeps each module's outputs, in the order in which they come; one that is called twice has two."""
+
+    def __init__(self, model):
+        self.names = {id(module): name or "the model" for name, module in model.named_modules()}
+        self.found = {}  # (name, which call) -> array
+        self.calls = {}
+
+    def wants(self, module, name):
+        return False  # what was fused in the run stays so
+
+    def offer(self, module, name, value):
+        pass
+
+    def output(self, module, value):
+        value = value[0] if isinstance(value, tuple) else value
+        if isinstance(value, Tensor):
+            name = self.names[id(module)]
+            call = self.calls[name] = self.calls.get(name, -1) + 1
+            self.found[name, call] = value.data.copy()
