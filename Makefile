@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 # Python files are used from here (an editable install, by a path: the default way loses to any folder named cllm in
 # the working directory, such as the clone itself seen from beside it); these are the ones whose change needs a new build.
 BUILD_INPUTS := pyproject.toml setup.py $(shell find cllm -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
-# Prints the requirements of one extra, so that adding it does not compile the kernels again.
-EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
+# Prints the requirements of one extra, a line each, so that adding it does not compile the kernels again.
+EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .PHONY: quickstart test parity isas sanitize instructions lint bench clean
 
@@ -50,5 +50,6 @@ $(VENV)/installed: $(BUILD_INPUTS) | $(BIN)/pip
 	touch $@
 
 $(VENV)/extra-%: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install $$($(BIN)/python -c '$(EXTRA)' $*)
+	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/extra-$*.txt
+	$(BIN)/pip install --requirement $(VENV)/extra-$*.txt
 	touch $@

@@ -140,10 +140,11 @@ import numpy as np
 from cllm import checkpoint, files
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-if {moment!r} == "rename":
+create, moment = files.create, {moment!r}
+if moment == "rename":
     os.replace = kill
 else:
-    checkpoint.fsync = lambda path: kill() if path.name == {moment!r} else None
+    files.create = lambda path, parts: kill() if path.name == moment else create(path, parts)
 checkpoint.save(sys.argv[1], 2, {{"a": np.ones(3)}}, {{}}, {{}})
 """
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)])

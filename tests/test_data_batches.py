@@ -640,7 +640,7 @@ def test_a_run_of_documents_is_resumed_bit_for_bit(folder, tmp_path, packing):
     weights = [(tmp_path / name / "checkpoints/step-00000008/model.safetensors").read_bytes()
                for name in ("whole", "parts")]  # fmt: skip
     assert weights[0] == weights[1]
-    state = json.loads((tmp_path / "whole/checkpoints/step-00000008/state.json").read_text())
+    state = json.loads((tmp_path / "whole/checkpoints/step-00000008/state.json").read_text())["state"]
     text = data.load(folder, val_fraction=0.3, packing=packing)
     source = feed(text.train, "train", 8)
     assert state["position"] == source.position(16, 3)

@@ -239,7 +239,7 @@ def test_steps_of_two_threads(often):
 
 
 def test_a_resumed_run(text_file, tmp_path, often):
-    fit(text_file, tmp_path / "run")
+    fit(text_file, tmp_path / "run", schedule__name="constant")
     summary = resume(tmp_path / "run", {"train.max_steps": 14, "train.profile": True}, progress=Silent())
     check(summary["profile"], steps=2)
     summary = resume(tmp_path / "run", {"train.max_steps": 15, "train.profile": False}, progress=Silent())
