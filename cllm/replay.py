@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm import guard, rng, saved
+from cllm import checkpoint, guard, rng, saved
 from cllm import task as tasks
 from cllm.data import Batch
 from cllm.errors import InputError
@@ -177,7 +177,7 @@ def _chosen(run_dir, step):
         raise InputError(f"{run_dir} kept no step that went wrong, so there is none to replay")
     if step is None:
         return kept[-1]
-    steps = {int(path.stem.removeprefix("step-")) + 1: path for path in kept}
+    steps = {checkpoint.step_of(path) + 1: path for path in kept}
     if step not in steps:
         raise InputError(f"step is {step}, {run_dir} kept {' and '.join(map(str, steps))}")
     return steps[step]

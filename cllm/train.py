@@ -10,6 +10,7 @@ What is trained is a `task.Task`; without one of the user's own it is a GPT on t
 import json
 import math
 import re
+import warnings
 from collections import deque
 from dataclasses import fields, replace
 from functools import partial
@@ -25,7 +26,7 @@ from cllm import evaluation, kernels, metrics, optim, parallel, records, rng, sc
 from cllm import guard as guards
 from cllm import task as tasks
 from cllm.errors import InputError
-from cllm.files import Lock, clear_temporary, write_atomic
+from cllm.files import Lock, clear_temporary, why, write_atomic
 from cllm.generate import generate
 from cllm.guard import Guard
 from cllm.lifecycle import FILES, RESUMABLE, Diverged, Lifecycle, memory_mb
@@ -350,8 +351,14 @@ class Trainer(Lifecycle):
             facts |= records.plain(measured)
             if self.text is not None:
                 facts["vocab_size"] = self.text.vocab_size
-            path = guards.save_incident(self.run_dir, self.step, self.model.state_dict(), batches, facts)
-            kept = f"; its weights and batch are in {path}"
+            try:
+                path = guards.save_incident(self.run_dir, self.step, self.model.state_dict(), batches, facts)
+                kept = f"; its weights and batch are in {path}"
+            except OSError as error:
+                warnings.warn(
+                    f"step {self.step + 1} went wrong and cannot be kept for a replay ({why(error)})",
+                    stacklevel=2,
+                )
         told = f"{wrong} in step {self.step + 1} at learning rate {measured['lr']:g}"
         if policy == "stop" or self.guard.count >= limit:
             often = "" if policy == "stop" else f", after {limit} such steps (guard.limit)"

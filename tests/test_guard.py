@@ -132,7 +132,7 @@ def test_stop_keeps_the_step(tmp_path):
     assert summary["step"] == first and len(training(tmp_path / "run")) == first
     (path,) = guard.incidents(tmp_path / "run")
     weights, (batch,), facts = guard.load_incident(path)
-    assert path.name == f"step-{first:08d}.safetensors" and facts["step"] == first
+    assert path.name == f"step-{first:08d}" and facts["step"] == first
     for name, array in trainer.model.state_dict().items():
         assert np.isfinite(array).all() and array.tobytes() == weights[name].tobytes()
     assert np.isinf(batch["targets"]).any()
@@ -293,7 +293,7 @@ def test_what_cannot_be_replayed(tmp_path):
     fit(tmp_path / "bad", task(np.inf), guard__policy="skip")
     with pytest.raises(InputError, match=r"step is 999, .* kept "):
         replay(tmp_path / "bad", 999, task=task())
-    path = guard.incidents(tmp_path / "bad")[-1]
+    path = guard.incidents(tmp_path / "bad")[-1] / "batch.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(InputError, match=f"{path.name} is damaged"):
+    with pytest.raises(InputError, match=f"{path} is damaged"):
         replay(tmp_path / "bad", task=task())

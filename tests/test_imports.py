@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "functional": {"_core", "kernels", "rng", "tensor"},
     "generate": {"gpt", "kernels", "rng", "tensor"},
     "gpt": {"functional", "kernels", "nn", "rng", "tensor", "userfile"},
-    "guard": {"files"},
+    "guard": {"checkpoint"},
     "inspect_run": {"arrays", "checkpoint", "files", "progress", "records"},
     "kernels": {"_core", "_kernels"},
     "lifecycle": {
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "progress": {"profile", "records"},
     "records": {"files"},
     "reference": set(),
-    "replay": {"data", "guard", "nn", "rng", "saved", "task", "tensor"},
+    "replay": {"checkpoint", "data", "guard", "nn", "rng", "saved", "task", "tensor"},
     "rng": set(),
     "saved": {
         "checkpoint", "config", "data", "evaluation", "gpt", "lifecycle", "metrics", "task", "userfile",
