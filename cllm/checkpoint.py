@@ -115,15 +115,18 @@ def read(path, names):
     return loaded, {**found["state"], "step": found["step"]}
 
 
-def newest(run_dir):
+def newest(run_dir, only_planned=False):
     """The newest complete checkpoint's folder, or None.
+
+    With `only_planned` it is one that the run would have if it had never been stopped: not one whose state
+    says ``"planned": false``.
 
     Warns
     -----
     UserWarning
         For each damaged one on the way: names it, and why it was passed over.
     """
-    return _first(run_dir, verify)
+    return _first(run_dir, verify, _is_planned if only_planned else None)
 
 
 def load_newest(run_dir, only_best=False):
@@ -143,9 +146,13 @@ def best(run_dir):
 
 
 def prune(run_dir, keep=2):
-    """Delete all checkpoints but the `keep` newest and the best one. OSError names one that stays."""
+    """Delete all but the `keep` newest checkpoints and the best one. OSError names one that stays.
+
+    One that is not planned, see `newest`, takes no other's place, and is kept while it is the newest.
+    """
     paths = listed(run_dir)
-    kept = set(paths[-keep:]) | set([path for path in paths if _is_best(path)][-1:])
+    kept = {*paths[-1:], *[path for path in paths if _is_planned(path)][-keep:]}
+    kept |= set([path for path in paths if _is_best(path)][-1:])
     for path in paths:
         if path not in kept:
             remove(path)
@@ -276,12 +283,22 @@ def _check(file, sha256, found):
 
 
 def _is_best(path):
+    state, step = _state(path)
+    best = state.get("best")
+    return isinstance(best, dict) and best.get("step") == step
+
+
+def _is_planned(path):
+    return _state(path)[0].get("planned", True)
+
+
+def _state(path):
+    """A checkpoint's state and step; of a damaged one nothing is known."""
     try:
         found = entry(path)
     except (InputError, OSError):
-        return False
-    best = found["state"].get("best")
-    return isinstance(best, dict) and best.get("step") == found["step"]
+        return {}, None
+    return found["state"], found["step"]
 
 
 def _text(entry):

@@ -125,7 +125,7 @@ class Lifecycle:
             self.config = replace(self.config, run=configs.RunConfig(str(self.run_dir)))
         self.lock = Lock(self.run_dir)
         try:
-            _refuse_used(self.run_dir)  # by one that was quicker
+            _refuse_used(self.run_dir, held=True)  # by one that was quicker
             clear_temporary(self.run_dir)
             self._write_config()
         except BaseException:
@@ -150,14 +150,15 @@ class Lifecycle:
 
     def _trained(self):
         leading = self.units.rank == 0
-        # Also when a run without a checkpoint is resumed: files may have changed.
-        if leading and self.step == 0:
-            userfile.keep(self.files, self.run_dir / FILES)
-            self._first_files()
-        self._enter_environment()
-        self.recorder = records.Recorder(self.run_dir) if leading else records.Nowhere()
-        self.shown = (self.progress or progress.choose()) if leading else progress.Silent()
-        self.shown.start(self)
+        with self.units.agreeing():
+            # Also when a run without a checkpoint is resumed: files may have changed.
+            if leading and self.step == 0:
+                userfile.keep(self.files, self.run_dir / FILES)
+                self._first_files()
+            self._enter_environment()
+            self.recorder = records.Recorder(self.run_dir) if leading else records.Nowhere()
+            self.shown = (self.progress or progress.choose()) if leading else progress.Silent()
+            self.shown.start(self)
         threads_before = kernels.get_num_threads()
         self.began = perf_counter() - self.seconds
         state, error, reason = "interrupted", None, None
@@ -166,6 +167,8 @@ class Lifecycle:
             with stopping(self.deadline) as stop, self.units.together():
                 reason = self._train(stop)
             state = "finished" if reason is None else "interrupted"
+            if leading and reason is None:
+                self._prune()  # an earlier process may have been killed before it could
         except (Diverged, Unsaved) as failure:
             state, error = "failed", str(failure)
         except Exception as other:
@@ -223,10 +226,13 @@ class Lifecycle:
             return
         finally:
             self.checkpoint_seconds += perf_counter() - began
+        self._prune()
+
+    def _prune(self):
         try:
             checkpoints.prune(self.run_dir, self.config.train.keep_checkpoints)
         except OSError as error:
-            warnings.warn(f"an old checkpoint could not be deleted ({why(error)})", stacklevel=3)
+            warnings.warn(f"an old checkpoint could not be deleted ({why(error)})", stacklevel=4)
 
     def _enter_environment(self):
         """Note what this process computes with; say so when an earlier one's was another."""
@@ -312,10 +318,12 @@ def user_files(config):
     return userfile.digests(name for name in named if userfile.is_reference(name))
 
 
-def _refuse_used(run_dir):
+def _refuse_used(run_dir, held=False):
     if (run_dir / "sweep.toml").exists():
         raise InputError(f"{run_dir} holds a sweep; choose another run.dir")
     if any((run_dir / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+        if (run_dir / LOCK).exists() and not held:
+            Lock(run_dir).release()  # says who trains there, if somebody does
         raise InputError(
             f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "
             "or choose another run.dir"

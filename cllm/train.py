@@ -224,6 +224,8 @@ class Trainer(Lifecycle):
         self._restore_common(state)
         self.position = state["position"]["index"]
         self.losses = {self.task.followed: state[f"{self.task.followed}_loss"]}
+        # Stopped early, and killed before its summary: it is done, unless more steps are asked for now.
+        self.stop = state["stop"] and state["config"]["train"]["max_steps"] == self.config.train.max_steps
         if "random" in state:
             rng.set_state(state["random"])
 
@@ -249,7 +251,7 @@ class Trainer(Lifecycle):
         self.profile = Profile(self, PARTS) if train.profile else None
         self.recorder.truncate(self.step)
         if self.config.guard.policy == "rollback" and self.step == 0:
-            self._save(final=False)  # so that there is something to go back to
+            self._save(planned=True, final=False)  # so that there is something to go back to
         reason = None
         try:
             while self.step < train.max_steps and not self.stop and reason is None:
@@ -283,8 +285,9 @@ class Trainer(Lifecycle):
             self.shown.sample(self.step, self._sample())
         reason = next(filter(None, self.units.gather(stop.reason)), None)
         last = self._due(0)
-        if new_best or self._due(train.checkpoint_interval) or reason:
-            self._save(final=last or reason is not None)
+        planned = new_best or self._due(train.checkpoint_interval)
+        if planned or reason:
+            self._save(planned, final=last or reason is not None)
         return None if last and reason == "train.max_minutes" else reason
 
     def _stop_early(self, better):
@@ -370,7 +373,7 @@ class Trainer(Lifecycle):
             self.shown.note(f"{told}: skipped{kept}")
             return True
         count, order = self.guard.count, self.guard.order
-        path = self.units.of_first(checkpoints.newest(self.run_dir))
+        path = self.units.of_first(checkpoints.newest(self.run_dir, only_planned=True))
         if path is None:
             raise Diverged(f"{told}, and {self.run_dir} has no checkpoint to go back to")
         self._restore(checkpoints.load(path))
@@ -450,7 +453,7 @@ class Trainer(Lifecycle):
         record.update({key: records.number(value) for key, value in record.items()})
         self.recorder.write(record)
 
-    def _save(self, final):
+    def _save(self, planned, final):
         if self.units.rank > 0:
             return
         followed = self.task.followed
@@ -478,6 +481,8 @@ class Trainer(Lifecycle):
 
     def _sample(self):
         """A generated line, the same for the same seed and step."""
+            "stop": self.stop,
+            "planned": planned,
         tokenizer = self.task.tokenizer
         try:
             prompt = tokenizer.encode("\n")
@@ -591,18 +596,30 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
         When a damaged checkpoint was passed over, a key of config.toml was changed by hand, or the run goes
         on with another instruction set or other versions, which summary.json then tells of ("environments").
     """
-    with parallel.here().agreeing():
-        run = _resumed(Path(run_dir), overrides or {}, callbacks, progress, task)
-    if isinstance(run, dict):
-        return run
-    if run.units.rank == 0:  # only now that all units have read what is there
-        (run.run_dir / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
-        run._write_config()
+    units, run_dir, overrides = parallel.here(), Path(run_dir), overrides or {}
+    with units.agreeing():
+        summary = _finished(run_dir, overrides)
+    summary = units.of_first(summary)
+    if summary is not None:
+        return summary
+    with units.agreeing():
+        lock = _held(run_dir) if units.rank == 0 else None
+    try:
+        with units.agreeing():  # only now that the first has put right what a killed process left
+            run = _restored(run_dir, overrides, callbacks, progress, task, lock)
+        with units.agreeing():  # only now that all have read what is there
+            if units.rank == 0:
+                (run_dir / "summary.json").unlink(missing_ok=True)  # its end is not one any more
+                run._write_config()
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     return run._run()
 
 
-def _resumed(run_dir, overrides, callbacks, progress, task):
-    """A run at its newest checkpoint, ready to go on, and held; the summary of one that has finished."""
+def _finished(run_dir, overrides):
+    """The summary of a run that has finished, and that the overrides do not prolong; else None."""
     for key in overrides:
         if key not in {f"train.{name}" for name in RESUMABLE}:
             raise InputError(
@@ -617,15 +634,17 @@ def _resumed(run_dir, overrides, callbacks, progress, task):
         saved, config = _configs(run_dir, overrides)
         if config.train.max_steps == saved.train.max_steps:
             return earlier.summary
-    lock = Lock(run_dir) if parallel.here().rank == 0 else None
+    return None
+
+
+def _held(run_dir):
+    """The lock of a run's directory, in which what a killed process left is put right."""
+    lock = Lock(run_dir)
     try:
-        if lock is not None:
-            clear_temporary(run_dir)
-            checkpoints.tidy(run_dir)
-        return _restored(run_dir, overrides, callbacks, progress, task, lock)
+        clear_temporary(run_dir)
+        checkpoints.tidy(run_dir)
     except BaseException:
-        if lock is not None:
-            lock.release()
+        lock.release()
         raise
 
 
@@ -642,6 +661,7 @@ def _restored(run_dir, overrides, callbacks, progress, task, lock):
         if task is not None:
             raise InputError("task is given, but task.run is a loop of its own, which has none")
         if tasks.checked_callbacks(callbacks):
+    return lock
             raise InputError(NO_CALLBACKS)
         _refuse_units(parallel.here())
         run = OwnLoop(config, progress)
@@ -650,6 +670,7 @@ def _restored(run_dir, overrides, callbacks, progress, task, lock):
             raise InputError(
                 f"{run_dir} was trained on a task made in Python; to go on: "
                 f"cllm.train.resume({str(run_dir)!r}, task=...)"
+    """A run at its newest checkpoint, ready to go on."""
             )
         run = Trainer(config, task, callbacks, progress=progress)
     done = loaded[2]["step"] if loaded else 0
