@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from cllm.errors import InputError, nearest
+from cllm.nn.module import Module
 from cllm.tensor import Tensor
 
 
@@ -77,6 +78,8 @@ class _Capture:
     """One open `capture`: which names it asks for, and what it has seen."""
 
     def __init__(self, model, patterns):
+        if not isinstance(model, Module):
+            raise InputError(f"capture: model is a {type(model).__name__}, it must be a Module")
         if not patterns:
             raise InputError("capture: there is no pattern, at least one must be given")
         self.seen = {}

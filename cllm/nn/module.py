@@ -1,6 +1,7 @@
 """Module: an object that holds parameters and submodules as attributes and computes with them."""
 
 from collections import namedtuple
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -157,6 +158,9 @@ class Module:
         InputError
             Names missing and unexpected keys, shapes that differ, and arrays that are not of floats.
         """
+        if not isinstance(state_dict, Mapping):
+            kind = type(state_dict).__name__
+            raise InputError(f"the weights are a {kind}, they must be a dict of arrays by name")
         names = {}
         for name, parameter in self._named():
             names.setdefault(id(parameter), (parameter, []))[1].append(name)
