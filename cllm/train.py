@@ -177,7 +177,8 @@ class Trainer(Lifecycle):
                 f"train.sample_interval is {interval}, but the task's model has no config.block_size"
             )
         self.model = task.model
-        self.optimizer = optim.build(config.optim, self.model.named_parameters())
+        modules = self.model.modules()
+        self.optimizer = optim.build(config.optim, self.model.named_parameters(), modules)
         self.gradients = optim.GradientBuffer(self.model.named_parameters())
         self.leaves = self.units.leaves(train.grad_accum)
         self.batch_size = len(task.train) if train.batch_size == "full" else train.batch_size

@@ -50,6 +50,8 @@ class Linear(Module):
 class Embedding(Module):
     """A table of rows. Starts normal with deviation 1, as torch does; inside a GPT with 0.02, as GPT-2."""
 
+    holds_matrices = False
+
     def __init__(self, num_embeddings, embedding_dim, dtype=np.float32):
         super().__init__()
         _check_sizes("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -68,6 +70,8 @@ class LayerNorm(Module):
     Without elementwise_affine it has neither weight nor bias.
     """
 
+    holds_matrices = False
+
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, dtype=np.float32):
         super().__init__()
         self.normalized_shape, self.eps = _normalized("LayerNorm", normalized_shape), eps
@@ -84,6 +88,8 @@ class RMSNorm(Module):
 
     Without elementwise_affine it has no weight.
     """
+
+    holds_matrices = False
 
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, dtype=np.float32):
         super().__init__()

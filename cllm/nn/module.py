@@ -43,6 +43,9 @@ class Module:
     """Base class: a subclass sets Parameters and Modules as attributes and defines forward()."""
 
     training = True
+    # Whether its parameters of two dimensions are matrices, to Muon and to decay = "matrices": those of
+    # embeddings and norms are not. A class of yours may say so, too.
+    holds_matrices = True
     flat_data = None  # the block of all parameters and that of their gradients, after flatten()
     flat_grad = None
     _captures = ()  # those of `cllm.capture` that are open on this module
