@@ -431,6 +431,15 @@ GOOD = np.zeros((2, 3), int)
 BAD = np.array([[0, 1, 2], [3, 4, 0]])
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.longdouble])
+def test_scores_of_any_float_type(dtype):
+    for name, make in MAKERS.items():
+        one, other = make(), make()
+        one.update(SCORES.astype(dtype), GOOD)
+        other.update(SCORES.astype(dtype).astype(np.float64), GOOD)
+        assert one.compute() == other.compute(), name
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -484,6 +493,8 @@ def test_bad_batches_are_refused_and_not_counted(name, call, message):
         (lambda: metrics.F1(n_classes=3).update(BAD, GOOD), r"outputs\[1, 0\] is 3, it must be in 0 to 2"),
         (lambda: metrics.F1(n_classes=3).update(GOOD, BAD), r"targets\[1, 0\] is 3, it must be in 0 to 2"),
         (lambda: metrics.F1(n_classes=3).update(SCORES, GOOD), "outputs have 4 classes, the metric has 3"),
+        (lambda: metrics.F1().update(SCORES, GOOD.astype(np.uint64) + np.uint64(2**64 - 100)),
+         r"targets have 184467440737095516\d\d, they must be below 2\*\*63"),
         (lambda: metrics.F1("macr"), r'average is macr \(did you mean "macro"\?\), it must be one of'),
         (lambda: metrics.F1(n_classes=0), "n_classes is 0, it must be an integer of at least 1"),
         (lambda: metrics.ConfusionMatrix(1025), "n_classes is 1025, a confusion matrix has at most 1,024"),
