@@ -158,7 +158,7 @@ def test_bits_per_byte_against_plain_loops(batch):
     if n_bytes:
         expected = math.fsum(loop_nats(*batch)) / math.log(2) / n_bytes
         # A loss near 0 is the logarithm of a float32 sum near 1, and has no better digits than that.
-        assert metric.compute() == pytest.approx(expected, rel=1e-6, abs=4 * np.finfo(np.float32).eps)
+        assert metric.compute() == pytest.approx(expected, rel=1e-6, abs=4 * float(np.finfo(np.float32).eps))
 
 
 @settings(max_examples=40)
