@@ -230,14 +230,13 @@ def _folder(run_dir):
 
 
 def _tidy(folder):
-    for old in folder.glob(".step-*-old.tmp"):  # replaced, but the new one did not come to its place
-        final = old.with_name(old.name[1:].removesuffix("-old.tmp"))
-        if not final.exists():
-            with suppress(OSError):
-                files.rename(old, final)
-    for leftover in folder.glob(".step-*.tmp"):
+    for leftover in list(folder.glob(".step-*.tmp")):
+        final = leftover.with_name(leftover.name[1:].removesuffix("-old.tmp"))
         with suppress(OSError):
-            files.remove(leftover)
+            if leftover.name.endswith("-old.tmp") and not final.exists():
+                files.rename(leftover, final)  # replaced, but the new one did not come to its place
+            else:
+                files.remove(leftover)
 
 
 def _first(run_dir, read, wanted=None):
