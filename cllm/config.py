@@ -394,13 +394,13 @@ def _hint_of_default(default):
 
 def notes(config):
     """What is allowed in a `Config`, but is seldom meant: sentences for the user."""
-    warmup, steps = config.schedule.warmup_steps, config.train.max_steps
-    if warmup is None or warmup <= steps:
+    name, warmup, steps = config.schedule.name, config.schedule.warmup_steps, config.train.max_steps
+    if warmup is None or warmup < steps or (warmup == steps and name in ("constant", "warmup")):
         return []
-    return [
-        f"schedule.warmup_steps is {warmup} and train.max_steps is {steps}: the learning rate only reaches "
-        f"{steps / warmup:.0%} of optim.lr"
-    ]
+    what = f"only reaches {steps / warmup:.0%} of optim.lr"
+    if warmup == steps:
+        what = "rises to the end, never to fall"
+    return [f"schedule.warmup_steps is {warmup} and train.max_steps is {steps}: the learning rate {what}"]
 
 
 def optimizer_arguments(name):

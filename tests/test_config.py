@@ -375,3 +375,14 @@ def test_a_warm_up_longer_than_the_run_is_noted():
     assert "20% of optim.lr" in note
     without = {"schedule": {"name": "one_cycle"}, "train": {"max_steps": 20}}
     assert configs.notes(configs.from_dict(without)) == []
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "exponential"])
+def test_a_warm_up_that_fills_the_run_is_noted(name):
+    values = {"schedule": {"name": name, "warmup_steps": 40}, "train": {"max_steps": 40}}
+    (note,) = configs.notes(configs.from_dict(values))
+    assert note.endswith("train.max_steps is 40: the learning rate rises to the end, never to fall")
+    values["train"]["max_steps"] = 41
+    assert configs.notes(configs.from_dict(values)) == []
+    range_test = {"schedule": {"name": "constant", "warmup_steps": 40}, "train": {"max_steps": 40}}
+    assert configs.notes(configs.from_dict(range_test)) == []
