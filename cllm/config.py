@@ -16,6 +16,8 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from cllm import gpt, kernels, metrics, optim, schedules, task, userfile
 from cllm.data import DataConfig
 from cllm.errors import InputError, nearest
@@ -422,6 +424,10 @@ def optimizer_arguments(name):
 def _typed(value, hint, key):
     """`value` as the annotation `hint` asks for; 2.0 passes as an int, 2 as a float, nothing as a bool."""
     options = _options(hint)
+    if isinstance(value, os.PathLike):  # from Python, as NumPy's numbers
+        value = os.fspath(value)
+    elif isinstance(value, np.generic):
+        value = value.item()
     for option in options:
         if _fits(value, option):
             return _converted(value, option)
@@ -488,8 +494,13 @@ def _named(option):
 
 
 def _shown(value):
-    """A value as TOML would write it."""
-    return "none" if value is None else _toml(value)
+    """A value as TOML would write it, where it could."""
+    if value is None:
+        return "none"
+    try:
+        return _toml(value)
+    except TypeError:
+        return " ".join(repr(value).split())
 
 
 # Writing ---------------------------------------------------------------------------------------------
