@@ -995,7 +995,7 @@ def test_a_sweep_of_a_loop(loop_file, capsys):
 
 
 def test_an_error_in_a_users_file_shows_their_traceback(folder, capsys):
-    words = ["train", "--task.build", "my.py:build", "--train.max-steps", "100", "--run.dir"]
+    words = ["train", "--task.build", "my.py:build", "--train.max-steps", "200", "--run.dir"]
     (folder / "my.py").write_text(MINE.replace("    return cllm.Task(", "    1 / 0\n    return cllm.Task("))
     status, out, err = run_cllm(capsys, *words, "a")
     lines = err.splitlines()
