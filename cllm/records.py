@@ -20,11 +20,11 @@ from cllm.files import why, write_atomic
 
 __all__ = ["METRICS", "Nowhere", "Recorder", "Run", "is_timing", "load", "number", "plain", "write_summary"]
 
-#: What the records of a language model have, next to "step" and "split"; metrics and callbacks add to it.
+#: What each record of a language model has; [monitor], metrics and callbacks add to it.
 METRICS = {
     "train": (
         "loss", "lr", "grad_norm", "tokens_per_s", "time_data", "time_forward", "time_backward",
-        "time_optimizer",
+        "time_optimizer", "memory_mb",
     ),
     "val": ("loss", "perplexity", "seconds", "memory_mb"),
 }  # fmt: skip
@@ -119,8 +119,9 @@ class Recorder:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (kept open; close() ends it)
 
     def _keep(self, wanted):
-        self.close()
+        self._flush()
         write_atomic(self.path, b"".join(line for line, record in _lines(self.path) if wanted(record)))
+        self._file.close()  # only now: what cannot be written is to wait
         self._open()
 
 
