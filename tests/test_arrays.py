@@ -196,6 +196,7 @@ BAD = {
     "bytes that are missing": ({"a": entry()}, b"\0" * 3, "have 4 bytes, and the file 3"),
     "metadata that are no texts": ({"__metadata__": {"a": 1}}, b"", "metadata"),
     "metadata that are a list": ({"__metadata__": []}, b"", ""),
+    "a long name": ({"../" * 10_000: entry()}, FOUR, "cannot be an array's name|'../../"),
     "a name with a path": ({"../../up": entry()}, FOUR, "cannot be an array's name"),
     "an absolute name": ({"/etc/passwd": entry()}, FOUR, "cannot be an array's name"),
     "a name with a zero byte": ({"a\0b": entry()}, FOUR, "cannot be an array's name"),

@@ -1,16 +1,18 @@
-"""Faults in each operation on files: one clear error, what was there stays whole, training goes on or is resumed.
+"""Faults in each operation on files: a clear error, what was there stays whole, training goes on or resumes.
 
-Two classes stand in for `os` where cllm writes: `Faulty` lets one operation go wrong, or all from there on.
-What a system does by itself when a file may not grow is tried in a process of its own.
+`Faulty` stands in for `os` where CLLM writes, and lets one operation go wrong, or all from there on. What a
+system itself does when a file may not grow is tried in a process of its own.
 """
 
 import errno
 import json
 import os
-import resource
+import re
+import shutil
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,11 @@ from cllm.progress import Silent
 from cllm.train import Trainer, resume
 
 ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT)
-OPERATIONS = ("open", "write", "fsync", "close", "replace", "mkdir", "unlink", "rmdir", "scandir", "ftruncate", "pwrite")
+OPERATIONS = (
+    "open", "write", "fsync", "close", "replace", "mkdir", "unlink", "rmdir", "scandir", "ftruncate",
+    "pwrite",
+)  # fmt: skip
+DELETIONS = ("scandir", "unlink", "rmdir")
 CHANGES = ("create", "write", "fsync", "replace", "mkdir", "ftruncate", "pwrite")
 # What a system that is broken in one way refuses from then on.
 LASTING = {
@@ -59,25 +65,29 @@ class Faulty:
         return self._watched(name, call) if name in OPERATIONS else call
 
     def _watched(self, name, call):
-        def operation(*args, **options):
-            kind = "create" if name == "open" and args[1] & os.O_CREAT else name
-            path = self.paths.get(args[0]) if isinstance(args[0], int) else os.fspath(args[-1 if name == "replace" else 0])
+        def operation(target, *others):
+            kind = "create" if name == "open" and others[0] & os.O_CREAT else name
+            by_number = isinstance(target, int)
+            path = others[0] if name == "replace" else target
+            path = self.paths.get(target, "metrics.jsonl") if by_number else os.fspath(path)
             here = len(self.seen) == self.at
             self.seen.append((kind, path))
-            if here and self.short and name == "write" and len(args[1]) > 1:
-                if self.code is not None:
-                    self.at += 1  # the other half fails
-                return call(args[0], args[1][: len(args[1]) // 2])
+            if here and self.short and name == "write" and len(others[0]) > 1:
+                self.short = False
+                self.at += self.code is not None  # the other half fails
+                return call(target, others[0][: len(others[0]) // 2])
+            if name == "close":
+                call(target)  # even when it fails
+                self.paths.pop(target, None)
             if self.code is not None and (here or (len(self.seen) > self.at >= 0 and kind in self.refused)):
-                if name == "close":
-                    call(*args)  # it is closed all the same
-                named = () if isinstance(args[0], int) else (os.fspath(args[0]),)
-                if name == "replace":
-                    named += None, os.fspath(args[1])
+                named = () if by_number else (os.fspath(target),)  # as the system has it
+                named += (None, path) if name == "replace" else ()
                 raise OSError(self.code, os.strerror(self.code), *named)
-            found = call(*args, **options)
+            if name in ("close", "fsync"):
+                return None  # what the tests write need not outlive the machine
+            found = call(target, *others)
             if name == "open":
-                self.paths[found] = os.fspath(args[0])
+                self.paths[found] = path
             return found
 
         return operation
@@ -145,7 +155,7 @@ class Place:
         return None
 
     def check(self, error, written):
-        """All that is there is whole, step 2 is new if it was `written`; and the next one leaves nothing over."""
+        """All that is there is whole, step 2 is new if it was `written`; the next one leaves nothing over."""
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert holds(self.one, 1)
@@ -181,10 +191,10 @@ def test_each_operation_fails_once(place, code):
     for at, (kind, _) in enumerate(whole.seen):
         error = place.write(faulty := Faulty(at, code))
         # Deleting what is left over can wait, and some systems let nobody open a folder.
-        passes = kind in ("scandir", "unlink", "rmdir") or (kind == "open" and code == errno.EACCES)
+        passes = kind in DELETIONS or (kind == "open" and code == errno.EACCES)
         assert (error is None) == passes, (at, kind)
         if error is not None:
-            assert error.errno == code and error.filename == faulty.seen[at][1]
+            assert (error.errno, error.filename) == (code, faulty.seen[at][1])
             assert files.why(error) == f"{os.strerror(code)}: {error.filename}"
         place.check(error, written=at > last or passes)
 
@@ -253,3 +263,250 @@ save({str(tmp_path)!r}, 3, seed=3)
     assert set(lines) <= {f"{errno.EFBIG} {folder / name}" for name in os.listdir(whole)}
     assert names(tmp_path / "checkpoints") == ["step-00000001", "step-00000003"]
     assert holds(whole, 1) and holds(whole.with_name("step-00000003"), 3)
+
+
+# A whole run ----------------------------------------------------------------------------------------
+
+SHORT = {
+    "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 8, "model.block_size": 8, "optim.lr": 0.01,
+    "schedule.warmup_steps": 2, "train.batch_size": 2, "train.max_steps": 6, "train.eval_interval": 0,
+    "train.checkpoint_interval": 2, "train.keep_checkpoints": 1, "train.threads": 1,
+}  # fmt: skip
+POLICIES = {"stop": {}, "rollback": {"guard.policy": "rollback", "guard.window": 2, "guard.spike": 1e-3}}
+
+
+def fit(run_dir, text_file, policy="stop"):
+    config = {**SHORT, **POLICIES[policy], "data.source": str(text_file), "run.dir": str(run_dir)}
+    return Trainer(config, progress=Silent()).fit()
+
+
+def go_on(run_dir):
+    return resume(run_dir, progress=Silent())
+
+
+def told(call):
+    """What a call returns, or None, and all that it says: warnings, the summary's error, an OSError."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            summary = call()
+            said = [summary["error"]] if "error" in summary else []
+        except OSError as error:
+            summary, said = None, [files.why(error)]
+    return summary, " ".join([str(warning.message) for warning in seen] + said)
+
+
+def outcome(run_dir):
+    """What must not depend on faults: records without times, the last checkpoint, the other files."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if not records.is_timing(k)} for line in lines]
+    model, optimizer, state = checkpoint.load(checkpoint.newest(run_dir))
+    found = {name: array.tobytes() for part in (model, optimizer) for name, array in part.items()}
+    texts = [(run_dir / name).read_text() for name in ("tokenizer.json", "config.toml")]
+    summary = records.Run(run_dir).summary
+    return {
+        "records": lines,
+        "arrays": found,
+        "state": {key: state[key] for key in ("step", "best", "position", "guard", "random")},
+        "texts": [text.replace(str(run_dir), "RUN") for text in texts],
+        "summary": {key: summary.get(key) for key in ("state", "step", "train_loss", "best", "error")},
+        "checkpoints": [path.name for path in checkpoint.listed(run_dir)],
+        "incidents": [path.name for path in guard.incidents(run_dir)],
+        "hidden": [path.name for path in run_dir.rglob(".*") if path.name != files.LOCK],  # it means nothing
+    }
+
+
+def places(seen):
+    """Each different operation: (number, kind, path). Of a file's writes, and the first checkpoints', one."""
+    found = {}
+    for number, (kind, path) in enumerate(seen):
+        found[kind, re.sub("step-0000000[0-4]", "step-", path)] = number, kind, path
+    return found.values()
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from there on"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_goes_on_or_is_resumed(tmp_path, text_file, faults, policy, lasting):
+    """A fault in each operation of a run, the kinds of fault in turn; then room is made and it is resumed."""
+    data.load(text_file)  # the cache has tests of its own
+    faults(whole := Faulty())
+    fit(tmp_path / "whole", text_file, policy)
+    expected = outcome(tmp_path / "whole")
+    assert expected["summary"]["state"] == "finished" and not expected["hidden"]
+    ends = {}
+    for n, (at, kind, path) in enumerate(places(whole.seen)):
+        code, refused = list(LASTING.values())[n % len(LASTING)] if lasting else (ERRORS[n % len(ERRORS)], ())
+        if lasting and kind not in refused:
+            code, refused = LASTING["broken disk"]
+        run_dir = tmp_path / str(n)
+        faults(faulty := Faulty(at, code, refused, short=n % 2 == 0))
+        summary, said = told(partial(fit, run_dir, text_file, policy))
+        faults(Faulty())
+        # What may pass in silence: what is left over goes later, and some systems open no folders.
+        silent = kind in DELETIONS or (kind == "open" and code == errno.EACCES)
+        silent |= kind == "close" and path.endswith("/.lock")
+        assert faulty.seen[at][0] == kind
+        named = re.sub(r"\.[0-9a-f]{12}\.tmp$", "", Path(faulty.seen[at][1]).name.removeprefix("."))
+        assert silent or re.search(f"{os.strerror(code)}: [^ ]*{named}", said), (at, kind, path, said)
+        ends[at] = "raised" if summary is None else summary["state"]
+        if ends[at] != "finished":
+            begun = (run_dir / "config.toml").exists()
+            call = partial(go_on, run_dir) if begun else partial(fit, run_dir, text_file, policy)
+            summary, again = told(call)
+            assert (summary["state"], again) == ("finished", ""), (at, kind, path)
+        found = outcome(run_dir)
+        # These may differ, if that was said or is nothing that matters.
+        lost = ["incidents"] if "cannot be kept for a replay" in said else []
+        lost += ["hidden"] if lost or (silent and ends[at] == "finished") else []
+        lost += ["checkpoints"] if "old checkpoint could not be deleted" in said else []
+        for key in expected:
+            assert found[key] == expected[key] or key in lost, (at, kind, path, key)
+    assert lasting or {*ends.values()} == {"raised", "failed", "finished"}
+
+
+def test_training_goes_on_without_a_checkpoint(tmp_path, text_file, faults):
+    fit(tmp_path / "whole", text_file)
+    faults(whole := Faulty())
+    fit(tmp_path / "counted", text_file)
+    wanted = "write", str(tmp_path / "counted/checkpoints/.step-00000004.tmp/model.safetensors")
+    faults(Faulty(whole.seen.index(wanted), errno.ENOSPC))
+    summary, said = told(partial(fit, tmp_path / "run", text_file))
+    folder = tmp_path / "run" / "checkpoints"
+    assert said == (
+        f"the checkpoint of step 4 could not be written (No space left on device: "
+        f"{folder}/.step-00000004.tmp/model.safetensors); the newest is {folder}/step-00000002; "
+        "training goes on, and will try the next one"
+    )
+    assert summary["state"] == "finished" and names(folder) == ["step-00000006"]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(tmp_path, text_file, faults, capfd):
+    fit(tmp_path / "whole", text_file)
+    faults(whole := Faulty())
+    fit(tmp_path / "counted", text_file)
+    wanted = "fsync", str(tmp_path / "counted/checkpoints/.step-00000006.tmp/state.json")
+    run_dir = tmp_path / "run"
+    text = configs.to_toml(configs.to_dict(configs.load(None, SHORT | {"data.source": str(text_file)})))
+    (tmp_path / "run.toml").write_text(text)
+    faults(Faulty(whole.seen.index(wanted), errno.EIO))
+    assert cli.main(["train", str(tmp_path / "run.toml"), "--run.dir", str(run_dir)]) == 1
+    faults(Faulty())
+    error = (
+        f"the checkpoint of step 6 could not be written (Input/output error: "
+        f"{run_dir}/checkpoints/.step-00000006.tmp/state.json); the newest is "
+        f"{run_dir}/checkpoints/step-00000004; when it can be: cllm resume {run_dir}"
+    )
+    assert error in " ".join(capfd.readouterr().out.split())
+    assert records.Run(run_dir).summary["error"] == error
+    assert cli.main(["resume", str(run_dir)]) == 0
+    assert outcome(run_dir) == outcome(tmp_path / "whole")
+
+
+def test_a_loop_of_ones_own_that_cannot_save_has_failed(tmp_path, faults):
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def train(config, run):\n"
+        "    step, arrays, _ = run.restore() or (0, {'a': np.zeros(3)}, None)\n"
+        "    for step in range(step + 1, 4):\n"
+        "        arrays = {'a': arrays['a'] + step}\n"
+        "        run.log(step, 'train', loss=1.0 / step)\n"
+        "        run.save(step, arrays)\n"
+    )
+
+    def train(name):
+        overrides = {"task.run": f"{tmp_path / 'own.py'}:train", "train.max_steps": 3}
+        return Trainer({**overrides, "run.dir": str(tmp_path / name)}, progress=Silent()).fit()
+
+    faults(whole := Faulty())
+    train("whole")
+    for step, state in ((2, "finished"), (3, "failed")):
+        place = str(tmp_path / f"whole/checkpoints/.step-0000000{step}.tmp/model.safetensors")
+        faults(Faulty(whole.seen.index(("create", place)), errno.ENOSPC))
+        summary, said = told(partial(train, f"run-{step}"))
+        faults(Faulty())
+        assert summary["state"] == state and f"step {step} could not be written (No space left" in said
+        go_on(tmp_path / f"run-{step}")
+        found, _, last = checkpoint.load(checkpoint.newest(tmp_path / f"run-{step}"))
+        assert last["step"] == 3 and found["a"].tolist() == [6.0] * 3
+
+
+def test_resuming_is_tried_again(tmp_path, text_file, faults):
+    """Each operation of a resumed run goes wrong, once or from there on; the next time it ends well."""
+    run_dir, failed = tmp_path / "run", tmp_path / "failed"
+    faults(whole := Faulty())
+    fit(run_dir, text_file)
+    expected = outcome(run_dir)
+    shutil.rmtree(run_dir)
+    place = "create", str(run_dir / "checkpoints/.step-00000004.tmp/model.safetensors")
+    faults(Faulty(whole.seen.index(place), errno.EIO, CHANGES))
+    assert told(partial(fit, run_dir, text_file))[0]["state"] == "failed"
+    faults(whole := Faulty())
+    shutil.copytree(run_dir, failed)
+    go_on(run_dir)
+    assert outcome(run_dir) == expected
+    for n, (at, kind, path) in enumerate(places(whole.seen)):
+        shutil.rmtree(run_dir)
+        shutil.copytree(failed, run_dir)
+        faults(Faulty(at, errno.ENOSPC, LASTING["full disk"][1] if n % 2 else ()))
+        _, said = told(partial(go_on, run_dir))
+        silent = kind in DELETIONS or (kind == "close" and path.endswith("/.lock"))
+        assert silent or "No space left on device: " in said, (at, kind, path)
+        faults(Faulty())
+        told(partial(go_on, run_dir))
+        found = outcome(run_dir)
+        for key in expected:
+            lost = key in ("hidden", "checkpoints") and (silent or "could not be deleted" in said)
+            assert found[key] == expected[key] or lost, (at, kind, path, key)
+
+
+# Records and the token cache ------------------------------------------------------------------------
+
+
+def test_records_wait_for_room(tmp_path, faults):
+    lines = [{"step": step, "split": "train", "loss": 1.0 / step} for step in range(1, 6)]
+    recorder = records.Recorder(tmp_path)
+    recorder.write(lines[0])
+    faults(Faulty(0, errno.ENOSPC, ("write",), short=True))
+    with pytest.warns(UserWarning, match=r"records cannot be written \(No space left on device: .*jsonl\)"):
+        recorder.write(lines[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        recorder.write(lines[2])
+    assert records.Run(tmp_path).records == lines[:1]  # of the second, half a line is there
+    for call in (recorder.sync, partial(recorder.truncate, 2)):
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            call()
+    faults(None)
+    recorder.write(lines[3])
+    assert records.Run(tmp_path).records == lines[:4]
+    recorder.truncate(2)
+    recorder.write(lines[4])
+    recorder.close()
+    assert records.Run(tmp_path).records == [*lines[:2], lines[4]]
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_token_cache_is_only_a_cache(text_file, tmp_path, faults, monkeypatch, short):
+    """Whatever goes wrong in it, the tokens are right, and the next time all is well."""
+    monkeypatch.setenv("CLLM_CACHE", str(tmp_path / "whole"))
+    faults(whole := Faulty())
+    expected = data.load(text_file).train.array.tobytes()
+    for n, (at, kind, path) in enumerate(places(whole.seen)):
+        monkeypatch.setenv("CLLM_CACHE", str(tmp_path / str(n)))
+        code = ERRORS[n % len(ERRORS)]
+        faults(Faulty(at, code, CHANGES if n % 2 else (), short))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert data.load(text_file).train.array.tobytes() == expected
+        said = " ".join(str(warning.message) for warning in seen)
+        passes = kind == "open" and code == errno.EACCES
+        assert passes or re.search(f"token cache cannot be written .*{os.strerror(code)}", said), (kind, path)
+        faults(None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                found = data.load(text_file)
+                assert found.train.array.tobytes() == expected
+        assert cache.read(found.hash) is not None
+        assert names(tmp_path / str(n) / "tokens") == [f"{found.hash}.bin", f"{found.hash}.json"] or n % 2
