@@ -61,6 +61,9 @@ class TrainConfig:
         Of `cllm.metrics.BY_NAME`: what evaluations measure besides the loss.
     patience : int
         Evaluations in a row without a better loss after which the run ends early; 0: it does not.
+    prefetch : int
+        Batches that a thread of its own makes ahead; 0: each is made when it is needed. It pays for a dataset
+        of one's own whose batches take long to make without holding the GIL. Results do not depend on it.
     profile : bool
         Time the kernels in a few of the steps; the run ends with a table, which its summary holds too.
     """
@@ -77,6 +80,7 @@ class TrainConfig:
     threads: int = 0
     metrics: tuple[str, ...] = ()
     patience: int = 0
+    prefetch: int = 0
     profile: bool = False
 
     def __post_init__(self):
@@ -85,7 +89,7 @@ class TrainConfig:
             if value != "full" and value < 1:
                 raise InputError(f"{name} is {value}, it must be at least 1")
         intervals = ("eval_interval", "sample_interval", "checkpoint_interval")
-        for name in (*intervals, "max_minutes", "seed", "threads", "patience"):
+        for name in (*intervals, "max_minutes", "seed", "threads", "patience", "prefetch"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be 0 or more")
         if self.threads > kernels.MAX_THREADS:

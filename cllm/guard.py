@@ -16,7 +16,6 @@ from cllm.errors import InputError
 
 __all__ = ["Guard", "GuardConfig", "incidents", "load_incident", "save_incident"]
 
-KEPT = 2  # incidents of a run whose weights are kept
 PARTS = ("weights.safetensors", "batch.safetensors")
 
 
@@ -35,12 +34,15 @@ class GuardConfig:
         How many last losses that are.
     limit : int
         How often a run may skip or go back; the next time it stops.
+    keep : int
+        How many of the steps that went wrong are kept for `cllm replay`, each with the model's weights.
     """
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
     spike: float = 0.0
     window: int = 100
     limit: int = 10
+    keep: int = 10
 
     def __post_init__(self):
         if not 0 <= self.spike < math.inf:
@@ -49,6 +51,8 @@ class GuardConfig:
             raise InputError(f"window is {self.window}, it must be at least 2")
         if self.limit < 0:
             raise InputError(f"limit is {self.limit}, it must be 0 or more")
+        if self.keep < 1:
+            raise InputError(f"keep is {self.keep}, it must be at least 1")
 
 
 class Guard:
@@ -90,20 +94,21 @@ class Guard:
         self.count, self.order = state["count"], state["order"]
 
 
-def save_incident(run_dir, step, weights, batches, facts):
-    """Keep a step that went wrong, and delete all others but the newest one.
+def save_incident(run_dir, step, weights, batches, facts, keep=GuardConfig.keep):
+    """Keep a step that went wrong, and delete all but the last `keep` ones.
 
     Parameters
     ----------
     run_dir : path-like
     step : int
-        Updates done before it.
+        As records count, from 1.
     weights : dict of str to ndarray
         As they were when it was computed.
     batches : list of Batch
         Its micro-batches.
     facts : dict
         JSON values: loss, gradient norm, why.
+    keep : int
 
     Returns
     -------
@@ -124,7 +129,8 @@ def save_incident(run_dir, step, weights, batches, facts):
     folder = Path(run_dir) / "incidents"
     path = checkpoint.write(folder, step, dict(zip(PARTS, (weights, arrays))), facts)
     # After going back, this one may be of an earlier step than those that are there.
-    for old in [other for other in incidents(run_dir) if other != path][: 1 - KEPT]:
+    others = [other for other in incidents(run_dir) if other != path]
+    for old in others[: max(0, len(others) + 1 - keep)]:
         checkpoint.remove(old)
     return path
 

@@ -25,18 +25,23 @@ from cllm import kernels, parallel, progress, records, rng, userfile
 from cllm.errors import InputError
 from cllm.files import LOCK, Lock, clear_temporary, is_temporary, why, write_atomic
 
-__all__ = ["RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "stopping", "user_files"]
+__all__ = [
+    "RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "may_change", "stopping", "user_files",
+]  # fmt: skip
 
 FILES = "files"  # folder in a run's directory for copies of the user's files
 TERMINATED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM has ended, as shells have it
 # What a resumed run may change: all else would make it another run.
-RESUMABLE = (
+RESUMABLE = tuple(f"train.{name}" for name in (
     "max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
-    "max_minutes", "threads", "profile",
-)  # fmt: skip
+    "max_minutes", "threads", "prefetch", "profile",
+))  # fmt: skip
+RESUMABLE_SECTIONS = ("guard", "monitor")  # they look at steps to come
 
 
-RESUMABLE_KEYS = {f"train.{name}" for name in RESUMABLE}
+def may_change(key):
+    """Whether a resumed run may have another value of a key."""
+    return key in RESUMABLE or key.partition(".")[0] in RESUMABLE_SECTIONS
 
 
 class Diverged(Exception):
@@ -260,7 +265,7 @@ class Lifecycle:
         self.environments = self.environments or state.get("environments", [])
         before, now = configs.flatten(state.get("config", {})), configs.flatten(configs.to_dict(self.config))
         for key in now if before else ():
-            if key not in RESUMABLE_KEYS and not key.startswith("run.") and before.get(key) != now[key]:
+            if not may_change(key) and not key.startswith("run.") and before.get(key) != now[key]:
                 warnings.warn(
                     f"{key} is {now[key]!r} in {self.run_dir / 'config.toml'}, and was {before.get(key)!r} "
                     f"up to step {self.step}: from here on it is another run",

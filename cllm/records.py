@@ -18,7 +18,10 @@ import numpy as np
 from cllm.errors import InputError, nearest
 from cllm.files import why, write_atomic
 
-__all__ = ["METRICS", "Nowhere", "Recorder", "Run", "is_timing", "load", "number", "plain", "write_summary"]
+__all__ = [
+    "METRICS", "Nowhere", "Recorder", "Run", "is_inside", "is_timing", "load", "number", "plain",
+    "write_summary",
+]  # fmt: skip
 
 #: What each record of a language model has; [monitor], metrics and callbacks add to it.
 METRICS = {
@@ -28,6 +31,7 @@ METRICS = {
     ),
     "val": ("loss", "perplexity", "seconds", "memory_mb"),
 }  # fmt: skip
+_INSIDE = re.compile(r"(grad_norm|update_ratio|activation_(rms|max|zeros))\..*|update_ratio")
 _TIMING = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
 
 
@@ -276,6 +280,11 @@ def load(path):
 def is_timing(key):
     """Whether a record's key tells of the machine: seconds, speed, memory; all others repeat exactly."""
     return _TIMING.fullmatch(key) is not None
+
+
+def is_inside(key):
+    """Whether a record's key is [monitor]'s: of a layer or module, or the ratio of update to weights."""
+    return _INSIDE.fullmatch(key) is not None
 
 
 def number(value):

@@ -227,7 +227,7 @@ def test_a_run_of_a_task(folder):
     lines = untimed("run")
     training = [r for r in lines if r["split"] == "train"]
     assert [r["step"] for r in training] == list(range(1, 21))
-    assert list(training[0]) == ["step", "split", "loss", "lr", "grad_norm", "smooth"]
+    assert list(training[1]) == ["step", "split", "loss", "lr", "grad_norm", "smooth"]
     evaluated = [(r["step"], r["split"]) for r in lines if r["split"] != "train"]
     assert evaluated == [(step, split) for step in (5, 10, 15, 20) for split in ("val", "other")]
     assert list(lines[-1]) == ["step", "split", "loss", "near", "smooth"]  # a loss of its own: no perplexity

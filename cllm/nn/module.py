@@ -53,7 +53,7 @@ class Module:
     def __call__(self, *args, **kwargs):
         output = self.forward(*args, **kwargs)
         for capture in self._captures:
-            capture.output(self, output)
+            capture.output(self, output, args)
         return output
 
     def forward(self, *args, **kwargs):
