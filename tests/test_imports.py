@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "loop": {"arrays", "checkpoint", "lifecycle", "records", "rng", "task"},
     "metrics": {"kernels", "tensor"},
-    "monitor": {"kernels", "nn", "records", "tensor"},
+    "monitor": {"files", "kernels", "nn", "records", "tensor"},
     "nn": {"functional", "kernels", "rng", "tensor"},
     "optim": {"kernels", "parallel", "tensor", "userfile"},
     "parallel": set(),
