@@ -24,11 +24,13 @@ WRONG = 1e-2
 
 @dataclass(frozen=True)
 class Row:
-    """A module's output, or a parameter's gradient, in both precisions.
+    """A module's output or input, or a parameter's gradient, in both precisions.
 
     Attributes
     ----------
+    what : "output", "input" or "gradient"
     name : str
+        Of the module or parameter.
     largest, exact : float
         Largest magnitude in the run's precision and in float64; NaN where there is one.
     nonfinite : float
@@ -37,6 +39,7 @@ class Row:
         |x - exact| / |exact|, of the 2-norms.
     """
 
+    what: str
     name: str
     largest: float
     exact: float
@@ -61,8 +64,8 @@ class Replay:
     loss, exact : float
         Its loss, in the run's precision and in float64.
     forward, backward : list of Row
-        Modules in the order in which they ended, and before the first that was given something wrong by a
-        sound one, what that is; parameters' gradients, those of the last layers first.
+        Outputs of modules in the order in which they ended, and the first input that was wrong although all
+        outputs before it were sound; parameters' gradients, those of the last layers first.
     """
 
     facts: dict
@@ -75,11 +78,11 @@ class Replay:
     @property
     def verdict(self):
         """Which layer went wrong first, in a sentence."""
-        for rows, what, kind in (self.forward, "forward", "output"), (self.backward, "backward", "gradient"):
+        for rows, of in (self.forward, "forward"), (self.backward, "backward"):
             for row in rows:
                 if row.wrong:
-                    return f"first wrong in the {what} pass: {row.name}, whose {kind} is {_described(row)}"
-            if what == "forward" and not math.isfinite(self.loss):
+                    return f"first wrong in the {of} pass: the {row.what} of {row.name} is {_described(row)}"
+            if of == "forward" and not math.isfinite(self.loss):
                 return f"all modules are sound, the loss itself is {self.loss:g} (float64: {self.exact:g})"
         return "no layer differs from float64: the weights and this batch do give this loss and gradient"
 
@@ -89,14 +92,15 @@ class Replay:
         yield ", ".join(f"{name} {value}" for name, value in self.facts["position"].items()) + " of the data"
         yield f"micro-batch {self.micro}: loss {self.loss:.6g}, in float64 {self.exact:.6g}"
         for title, rows in (("output of", self.forward), ("gradient of", self.backward)):
-            width = max([len(row.name) for row in rows] + [len(title)])
+            names = [f"{row.name} (input)" if row.what == "input" else row.name for row in rows]
+            width = max(map(len, (*names, title)))
             yield ""
             yield f"{title:<{width}}  {'largest':>10}  {'float64':>10}  {'not finite':>10}  difference"
-            for row in rows:
+            for name, row in zip(names, rows):
                 share = f"{row.nonfinite:.1%}" if row.nonfinite else ""
                 mark = "  <- wrong" if row.wrong else ""
                 yield (
-                    f"{row.name:<{width}}  {row.largest:>10.3g}  {row.exact:>10.3g}  {share:>10}  "
+                    f"{name:<{width}}  {row.largest:>10.3g}  {row.exact:>10.3g}  {share:>10}  "
                     f"{row.difference:>10.1e}{mark}"
                 )
         yield ""
@@ -161,7 +165,7 @@ def replay(run_dir, step=None, task=None):
         mean, seen, gradients = run(micro, weights[next(iter(weights))].dtype)
         exact, exact_seen, exact_gradients = run(micro, np.float64)
         backward = [
-            _row(name, gradients[name], exact_gradients[name])
+            _row("gradient", name, gradients[name], exact_gradients[name])
             for name in reversed(gradients) if name in exact_gradients
         ]  # fmt: skip
         found.append(Replay(facts, micro, mean, exact, _forward(seen, exact_seen), backward))
@@ -192,18 +196,19 @@ def _forward(seen, exact):
         (given, output), (exact_given, exact_output) = seen[key], exact[key]
         name = key[0] + f" (call {key[1] + 1})" * (key[1] > 0)
         if given is not None and not any(row.wrong for row in rows):
-            before = _row(f"before {name}", given, exact_given)
+            before = _row("input", name, given, exact_given)
             rows += [before] * before.wrong
-        rows.append(_row(name, output, exact_output))
+        rows.append(_row("output", name, output, exact_output))
     return rows
 
 
-def _row(name, x, exact):
+def _row(what, name, x, exact):
     x, exact = x.astype(np.float64), exact.astype(np.float64)
     with np.errstate(all="ignore"):
         size = float(np.linalg.norm(exact))
         off = float(np.linalg.norm(x - exact))
         return Row(
+            what,
             name,
             float(np.abs(x).max(initial=0)),
             float(np.abs(exact).max(initial=0)),
@@ -217,7 +222,7 @@ class _Outputs:
 
     def __init__(self, model):
         self.names = {id(module): name or "the model" for name, module in model.named_modules()}
-        self.found = {}  # (name, which call) -> first argument, None if that is no Tensor, and output
+        self.found = {}  # (name, which call) -> first argument, None if those are no real numbers, and output
         self.calls = {}
 
     def wants(self, module, name):
@@ -231,5 +236,7 @@ class _Outputs:
         if isinstance(value, Tensor):
             name = self.names[id(module)]
             call = self.calls[name] = self.calls.get(name, -1) + 1
-            given = given[0].data.copy() if given and isinstance(given[0], Tensor) else None
-            self.found[name, call] = given, value.data.copy()
+            given = given[0] if given else None
+            given = given.data if isinstance(given, Tensor) else given
+            real = isinstance(given, np.ndarray) and given.dtype.kind == "f"
+            self.found[name, call] = given.copy() if real else None, value.data.copy()

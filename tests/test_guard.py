@@ -243,7 +243,7 @@ def test_replay_names_the_layer_that_overflows_first(tmp_path):
     assert [row.name for row in found.forward] == ["first", "second", "the model"]
     assert [row.wrong for row in found.forward] == [False, True, True]
     assert found.verdict == (
-        "first wrong in the forward pass: second, whose output is infinite or NaN; in float64 it is not"
+        "first wrong in the forward pass: the output of second is infinite or NaN; in float64 it is not"
     )
     text = "\n".join(found.lines())
     assert found.facts["why"] in text and text.count("<- wrong") >= 2
@@ -265,7 +265,7 @@ def test_replay_tells_of_the_backward_pass(tmp_path):
     assert summary["state"] == "failed"
     found = replay(tmp_path / "run", task=build())
     assert math.isfinite(found.loss) and not any(row.wrong for row in found.forward)
-    assert "first wrong in the backward pass: first." in found.verdict
+    assert "first wrong in the backward pass: the gradient of first." in found.verdict
 
 
 def test_replay_of_a_spike_finds_nothing_wrong(tmp_path):
