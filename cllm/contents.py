@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm import arrays, checkpoint, files, records
+from cllm import arrays, checkpoint, files, guard, records
 from cllm.errors import InputError
 from cllm.progress import duration, thousands
 
@@ -52,8 +52,11 @@ def lines(run_dir, which="last"):
             rows.append([row + ", ".join(["verified", *losses]), path])
         except (InputError, OSError) as error:
             rows.append([f"{row}damaged: {files.why(error) if isinstance(error, OSError) else error}", path])
-    state = records.Run(run_dir).state
-    out = [f"{run_dir}: {state}", "checkpoints"]
+    out = [f"{run_dir}: {records.Run(run_dir).state}"]
+    if wrong := [str(checkpoint.step_of(path)) for path in guard.incidents(run_dir)]:
+        steps = f"step{'s' * (len(wrong) > 1)} {', '.join(wrong)}"
+        out.append(f"went wrong in {steps}; for a closer look: cllm replay {run_dir} --step {wrong[-1]}")
+    out.append("checkpoints")
     out += [row + ", the best" * (path == best) for row, path in rows]
     chosen = best if which == "best" else next(
         (path for path in reversed(paths) if path in whole and which in ("last", checkpoint.step_of(path))),
@@ -124,7 +127,8 @@ def _losses(state):
 
 
 def _said(values):
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def _megabytes(path):

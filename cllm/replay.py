@@ -30,9 +30,10 @@ class Row:
     ----------
     what : "output", "input" or "gradient"
     name : str
-        Of the module or parameter.
+        Of the module or parameter, without a leading "transformer.".
     largest, exact : float
-        Largest magnitude in the run's precision and in float64; NaN where there is one.
+        Largest magnitude in the run's precision and in float64; NaN where there is one. `exact` and
+        `difference` are None when the step does not run in float64.
     nonfinite : float
         Share of elements that are infinite or NaN in the run's precision, 0 to 1.
     difference : float
@@ -42,13 +43,14 @@ class Row:
     what: str
     name: str
     largest: float
-    exact: float
+    exact: float | None
     nonfinite: float
-    difference: float
+    difference: float | None
 
     @property
     def wrong(self):
-        return self.nonfinite > 0 or not self.difference <= WRONG
+        off = self.difference is not None and not self.difference <= WRONG
+        return off or self.nonfinite > 0
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,21 @@ class Replay:
     micro : int
         The micro-batch that the rows are of: the first in which something is wrong, else the first.
     loss, exact : float
-        Its loss, in the run's precision and in float64.
+        Its loss, in the run's precision and in float64; `exact` is None when it does not run in that.
     forward, backward : list of Row
         Outputs of modules in the order in which they ended, and the first input that was wrong although all
         outputs before it were sound; parameters' gradients, those of the last layers first.
+    note : str
+        Why it does not run in float64; empty when it does.
     """
 
     facts: dict
     micro: int
     loss: float
-    exact: float
+    exact: float | None
     forward: list
     backward: list
+    note: str
 
     @property
     def verdict(self):
@@ -83,26 +88,32 @@ class Replay:
                 if row.wrong:
                     return f"first wrong in the {of} pass: the {row.what} of {row.name} is {_described(row)}"
             if of == "forward" and not math.isfinite(self.loss):
-                return f"all modules are sound, the loss itself is {self.loss:g} (float64: {self.exact:g})"
+                exact = "" if self.exact is None else f" (float64: {self.exact:g})"
+                return f"all modules are sound, the loss itself is {self.loss:g}{exact}"
+        if self.note:
+            return "nothing is infinite or NaN"
         return "no layer differs from float64: the weights and this batch do give this loss and gradient"
 
     def lines(self):
         """The whole finding as lines of text."""
         yield f"step {self.facts['step']}: {self.facts['why']}"
-        yield ", ".join(f"{name} {value}" for name, value in self.facts["position"].items()) + " of the data"
-        yield f"micro-batch {self.micro}: loss {self.loss:.6g}, in float64 {self.exact:.6g}"
+        place = ", ".join(f"{name} {value}" for name, value in self.facts["position"].items())
+        yield f"batch at {place} of the training data"
+        exact = "" if self.exact is None else f", in float64 {self.exact:.6g}"
+        yield f"micro-batch {self.micro}: loss {self.loss:.6g}{exact}"
+        if self.note:
+            yield self.note
         for title, rows in (("output of", self.forward), ("gradient of", self.backward)):
             names = [f"{row.name} (input)" if row.what == "input" else row.name for row in rows]
             width = max(map(len, (*names, title)))
             yield ""
-            yield f"{title:<{width}}  {'largest':>10}  {'float64':>10}  {'not finite':>10}  difference"
+            yield f"{title:<{width}}  {'largest':>8}  {'float64':>8}  inf/NaN  difference"
             for name, row in zip(names, rows):
                 share = f"{row.nonfinite:.1%}" if row.nonfinite else ""
                 mark = "  <- wrong" if row.wrong else ""
-                yield (
-                    f"{name:<{width}}  {row.largest:>10.3g}  {row.exact:>10.3g}  {share:>10}  "
-                    f"{row.difference:>10.1e}{mark}"
-                )
+                exact = "" if row.exact is None else f"{row.exact:.2g}"
+                off = "" if row.difference is None else f"{row.difference:.1e}"
+                yield f"{name:<{width}}  {row.largest:>8.2g}  {exact:>8}  {share:>7}  {off:>10}{mark}"
         yield ""
         yield self.verdict
 
@@ -111,6 +122,8 @@ def _described(row):
     if not row.nonfinite:
         return f"finite, but off by {row.difference:.0%} from that in float64"
     part = "" if row.nonfinite == 1 else f" in {row.nonfinite:.1%} of its elements"
+    if row.exact is None:
+        return f"infinite or NaN{part}"
     return f"infinite or NaN{part}; in float64 it is {'not' if math.isfinite(row.exact) else 'so too'}"
 
 
@@ -163,12 +176,16 @@ def replay(run_dir, step=None, task=None):
     found = []
     for micro in range(len(batches)):
         mean, seen, gradients = run(micro, weights[next(iter(weights))].dtype)
-        exact, exact_seen, exact_gradients = run(micro, np.float64)
+        exact, exact_seen, exact_gradients, note = None, {}, {}, ""
+        try:
+            exact, exact_seen, exact_gradients = run(micro, np.float64)
+        except TypeError as error:  # of code of the user's own that makes float32 arrays
+            note = f"it does not run in float64, so that only what is infinite or NaN is found: {error}"
         backward = [
-            _row("gradient", name, gradients[name], exact_gradients[name])
-            for name in reversed(gradients) if name in exact_gradients
-        ]  # fmt: skip
-        found.append(Replay(facts, micro, mean, exact, _forward(seen, exact_seen), backward))
+            _row("gradient", _short(name), gradients[name], exact_gradients.get(name))
+            for name in reversed(gradients)
+        ]
+        found.append(Replay(facts, micro, mean, exact, _forward(seen, exact_seen), backward, note))
         if any(row.wrong for row in found[-1].forward + found[-1].backward):
             return found[-1]
     return found[0]
@@ -190,11 +207,15 @@ def _cast(array, dtype):
     return array.astype(dtype) if array.dtype.kind == "f" else array
 
 
+def _short(name):
+    return name.removeprefix("transformer.")
+
+
 def _forward(seen, exact):
     rows = []
-    for key in filter(exact.__contains__, seen):
-        (given, output), (exact_given, exact_output) = seen[key], exact[key]
-        name = key[0] + f" (call {key[1] + 1})" * (key[1] > 0)
+    for key, (given, output) in seen.items():
+        exact_given, exact_output = exact.get(key, (None, None))
+        name = _short(key[0]) + f" (call {key[1] + 1})" * (key[1] > 0)
         if given is not None and not any(row.wrong for row in rows):
             before = _row("input", name, given, exact_given)
             rows += [before] * before.wrong
@@ -203,18 +224,14 @@ def _forward(seen, exact):
 
 
 def _row(what, name, x, exact):
-    x, exact = x.astype(np.float64), exact.astype(np.float64)
-    with np.errstate(all="ignore"):
-        size = float(np.linalg.norm(exact))
-        off = float(np.linalg.norm(x - exact))
-        return Row(
-            what,
-            name,
-            float(np.abs(x).max(initial=0)),
-            float(np.abs(exact).max(initial=0)),
-            float(np.mean(~np.isfinite(x))) if x.size else 0.0,
-            off / size if size else off,
-        )
+    largest, difference = float(np.abs(x).max(initial=0)), None
+    nonfinite = float(np.mean(~np.isfinite(x))) if x.size else 0.0
+    if exact is not None:
+        with np.errstate(all="ignore"):
+            size, off = float(np.linalg.norm(exact)), float(np.linalg.norm(x - exact))
+            difference = off / size if size else off
+        exact = float(np.abs(exact).max(initial=0))
+    return Row(what, name, largest, exact, nonfinite, difference)
 
 
 class _Outputs:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
         "bench", "cllm", "config", "data", "figures", "generate", "kernels", "parallel", "replay", "saved",
         "contents", "sweep", "train", "userfile", "files", "verify",
     },
-    "contents": {"arrays", "checkpoint", "files", "progress", "records"},
+    "contents": {"arrays", "checkpoint", "files", "guard", "progress", "records"},
     "config": {
         "data", "gpt", "guard", "kernels", "metrics", "monitor", "optim", "schedules", "task", "userfile",
     },
