@@ -189,8 +189,8 @@ def run(kills, seed=0, policy="skip", say=print):
         return not found
 
 
-def differences(alone, killed):
-    """Sentences on what differs between two runs that have ended, but for time and memory."""
+def differences(alone, killed, but=()):
+    """Sentences on what differs between two runs that have ended, but for time, memory and these keys."""
     found = [*verify._arrays_differ(alone, killed), *verify._records_differ(alone, killed)]
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (alone, killed)]
     if names[0] != names[1]:
@@ -199,7 +199,7 @@ def differences(alone, killed):
     summaries = [records.Run(run).summary for run in (alone, killed)]
     for what, pair in (("state", states), ("summary", summaries)):
         one, other = map(verify._untimed, pair)
-        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        keys = [key for key in {**one, **other} if key not in but and one.get(key) != other.get(key)]
         found += [f"{what}: {', '.join(keys)}"] if keys else []
     return found
 

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import threading
 
 import kills
 import pytest
+import soak
 
 from cllm import checkpoint, records, train
+from cllm._core import pool
 from cllm.guard import Guard
 from cllm.progress import Silent
 
@@ -129,3 +132,36 @@ def test_the_checkpoint_of_a_stop_is_not_where_a_run_goes_back_to(config, tmp_pa
             train.resume(tmp_path / "stopped", callbacks=[signal_at(step, signal.SIGTERM)], progress=Silent())
     train.resume(tmp_path / "stopped", progress=Silent())
     assert_same(tmp_path / "alone", tmp_path / "stopped")
+
+
+# The soak ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_nothing_open(monkeypatch):
+    monkeypatch.setattr(soak, "STEPS", 30)
+    monkeypatch.setattr(soak, "STOPS", (8, 23))
+    growth = soak.run(0, say=lambda line: None)
+    assert {"files", "threads", "pool_kb"}.isdisjoint(soak.too_much(growth)), growth
+
+
+def test_the_soak_would_see_what_is_left_open(monkeypatch):
+    left = []
+
+    def leave(config, run_dir):
+        buffer = pool.empty((10**6,))
+        buffer[...] = 0
+        left.append((os.open(config["data.source"], os.O_RDONLY), buffer, [[] for _ in range(1000)]))
+        left.append(threading.Thread(target=ended.wait))
+        left[-1].start()
+
+    monkeypatch.setattr(soak, "live", leave)
+    ended = threading.Event()
+    try:
+        assert soak.too_much(soak.run(0, say=lambda line: None)) == list(soak.GROWTH)
+    finally:
+        ended.set()
+        for one in left:
+            if isinstance(one, tuple):
+                os.close(one[0])
+            else:
+                one.join()
