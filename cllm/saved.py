@@ -8,7 +8,7 @@ from cllm import checkpoint as checkpoints
 from cllm import config as configs
 from cllm import data, evaluation, metrics, userfile
 from cllm import task as tasks
-from cllm.data.tokenizers import load_tokenizer
+from cllm.data.tokenizers import digest, load_tokenizer
 from cllm.errors import InputError, nearest
 from cllm.gpt import GPT
 from cllm.lifecycle import FILES
@@ -158,6 +158,10 @@ def parts(run_dir, state, task=None):
     if task is None and config.task.build is None:
         model = GPT(replace(config.model, vocab_size=state["vocab_size"]), seed=config.train.seed)
         tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+        if digest(tokenizer) != state.get("tokenizer", digest(tokenizer)):  # a step that went wrong has none
+            raise InputError(
+                f"{run_dir / 'tokenizer.json'} is damaged: it is not the tokenizer {run_dir} was trained with"
+            )
         return config, SimpleNamespace(model=model, loss=None, tokenizer=tokenizer)
     return config, task or tasks.for_config(config)
 

@@ -26,6 +26,7 @@ from cllm import evaluation, kernels, metrics, optim, parallel, records, rng, sc
 from cllm import guard as guards
 from cllm import task as tasks
 from cllm.data.producer import Producer
+from cllm.data.tokenizers import digest
 from cllm.errors import InputError
 from cllm.files import Lock, clear_temporary, why, write_atomic
 from cllm.generate import generate
@@ -498,6 +499,7 @@ class Trainer(Lifecycle):
         state = {"position": self.task.train.position(self.position, self.config.train.batch_size)}
         if self.text is not None:
             state |= {"vocab_size": self.text.vocab_size, "data_hash": self.text.hash}
+            state["tokenizer"] = digest(self.text.tokenizer)
         else:
             state["examples"] = len(self.task.train)
         state |= {

@@ -302,6 +302,19 @@ class Cases:
         if "header" not in message and "shorter" not in message and "at least 8" not in message:
             raise Failed(f"the reader of arrays has not refused it, but: {message}")
 
+    def tokenizer(self, rng):
+        """The run's tokenizer; what is not refused is the same one, written in another way."""
+        file = self.run / "tokenizer.json"
+        with replaced(file, changed(file.read_bytes(), rng)):
+            try:
+                _, found = cllm.load(self.run)
+            except InputError as error:
+                named(error, file)
+                return "refused"
+        if found.to_dict() != self.text.tokenizer.to_dict():
+            raise Failed(f"it is another: {found.to_dict()}")
+        return "the same"
+
     def step(self, rng):
         """A part of a step that went wrong."""
         file = self.incident / rng.choice((*guard.PARTS, "state.json"))
@@ -469,8 +482,8 @@ def passed_over(read, file, expected=None):
 
 
 KINDS = (
-    "checkpoint", "checkpoint", "checkpoint", "mixed", "deceit", "deceit", "deceit", "step", "hashed",
-    "plain", "described", "cached", "scanned",
+    "checkpoint", "checkpoint", "checkpoint", "mixed", "deceit", "deceit", "deceit", "step", "tokenizer",
+    "hashed", "plain", "described", "cached", "scanned",
 )  # fmt: skip
 
 

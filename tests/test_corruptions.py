@@ -3,7 +3,7 @@
 import corruptions
 import pytest
 
-from cllm import arrays, checkpoint
+from cllm import arrays, checkpoint, saved
 from cllm.data import cache
 
 
@@ -11,6 +11,13 @@ def test_changed_files_are_noticed():
     counts, failures = corruptions.run(20 * len(corruptions.KINDS), seed=1)
     assert failures == []
     assert {kind.partition(" ")[0] for kind in counts} == {*corruptions.KINDS}
+
+
+class Alike(str):
+    """A hash that is every other."""
+
+    def __ne__(self, other):
+        return False
 
 
 real_fill = arrays._fill
@@ -35,6 +42,7 @@ def wrong_error(file, sha256, found):
         (arrays, "check_name", lambda name: None, {"deceit"}, "it was loaded"),
         (arrays, "_once", dict, {"deceit"}, "it was loaded"),
         (arrays, "_fill", wasteful_fill, {"checkpoint", "deceit", "step"}, "bytes were taken for"),
+        (saved, "digest", lambda tokenizer: Alike(), {"tokenizer"}, "it is another"),
         (cache, "_sha256", lambda array, description: "0" * 64, {"cached"}, "nothing was said"),
         (cache, "scan", lambda path, dtype: ("0" * 64, 0), {"plain"}, "other tokens have the same hash"),
     ],
