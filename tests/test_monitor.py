@@ -1,10 +1,9 @@
-"""What records hold of a run's inside, and the same as TensorBoard events; a run measured afterwards."""
+"""What records hold of a run's inside, and the same as TensorBoard events."""
 
 import errno
 import json
 import math
 import os
-import re
 import struct
 import sys
 
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 
 import cllm
-from cllm import cli, monitor, records, saved
 from cllm import config as configs
+from cllm import monitor, records
 from cllm.errors import InputError
 from cllm.guard import Guard
 from cllm.progress import Silent
@@ -226,53 +225,3 @@ def test_tensorboard_without_its_package(tmp_path, text_path, monkeypatch):
     with pytest.raises(InputError, match=r"needs tensorboardX .*pip install"):
         fit(text_path, tmp_path / "run", monitor__tensorboard=True)
     assert not (tmp_path / "run").exists()
-
-
-# Measuring a run ------------------------------------------------------------------------------------
-
-
-def test_eval_measures_whole_splits(tmp_path, text_path, capsys):
-    trainer, summary = fit(text_path, tmp_path / "run", train__metrics=["accuracy"])
-    run_dir = str(tmp_path / "run")
-    (split,) = saved.evaluate(run_dir).items()
-    assert split[0] == "val" and split[1]["loss"] == summary["val_loss"]
-    assert split[1]["tokens"] == len(trainer.text.val) - 1 and 0 <= split[1]["accuracy"] <= 1
-    test = saved.evaluate(run_dir, split="test", measured=["bits_per_byte"])["test"]
-    assert test["tokens"] == len(trainer.text.test) - 1
-    # Each character is one byte here.
-    assert test["bits_per_byte"] == pytest.approx(test["loss"] / math.log(2), rel=1e-6)
-
-    other = tmp_path / "other.txt"
-    other.write_text("norm layer loss ratio " * 30)
-    found = saved.evaluate(run_dir, other)[str(other)]
-    assert found["tokens"] == 22 * 30 - 1
-    assert cli.main(["eval", run_dir, "--data.source", str(other), "--metrics", "top5"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith(f"{other}: loss {found['loss']:.6g}, perplexity") and "top5" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--split", "vall"], "split is 'vall', .* has train and val and test"),
-        (["--metrics", "acuracy"], 'metrics has "acuracy" .*accuracy'),
-        (["--data.source", "nothing.txt"], "nothing.txt"),
-        (["--data.source", "other.txt"], "'X'"),
-        (["--data.source", "other.txt", "--split", "val"], "data.source is given, and split is 'val'"),
-    ],
-)
-def test_bad_words_of_eval(tmp_path, text_path, monkeypatch, capsys, words, message):
-    monkeypatch.chdir(tmp_path)
-    fit(text_path, tmp_path / "run", train__max_steps=2)
-    (tmp_path / "other.txt").write_text("XYZ" * 100)
-    assert cli.main(["eval", "run", *words]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
-
-
-def test_a_changed_text_is_told(tmp_path, text_path):
-    fit(text_path, tmp_path / "run", train__max_steps=2)
-    text_path.write_text(text_path.read_text() + " loss")
-    with pytest.raises(InputError, match=r"has changed since .*cllm eval .* --data.source"):
-        saved.evaluate(tmp_path / "run")
