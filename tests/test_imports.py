@@ -69,7 +69,7 @@ MAY_IMPORT = {
     },
     "userfile": {"files"},
     "verdict": set(),
-    "verify": {"arrays", "checkpoint", "config", "progress", "records", "train"},
+    "verify": {"arrays", "checkpoint", "config", "parallel", "progress", "records", "train"},
     "watch": {"progress", "verdict"},
 }  # fmt: skip
 AT_TOP = {"numpy", "cllm", *sys.stdlib_module_names}
