@@ -1,5 +1,6 @@
 """What a run's checkpoints hold, in words: `cllm inspect`."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +44,11 @@ def lines(run_dir, which="last"):
     whole, rows = {}, []
     best = None
     for path in paths:
-        row = f"  step {checkpoint.step_of(path):<12} {_megabytes(path):>10}  "
+        row = f"  step {checkpoint.step_of(path):<9} {_megabytes(path):>9}  "
         try:
             found = whole[path] = checkpoint.entry(checkpoint.verify(path))
-            losses = [f"{key} {value:.4f}" for key, value in _losses(found["state"]).items()]
+            losses = _losses(found["state"]).items()
+            losses = [f"{key} {value:.4f}" for key, value in losses if key != "train loss"]
             if (found["state"].get("best") or {}).get("step") == found["step"]:
                 best = path
             rows.append([row + ", ".join(["verified", *losses]), path])
@@ -91,13 +93,18 @@ def _details(path, state):
             rows.append((key, f"the states of {len(state[key])}"))
     if state.get("state") is not None:
         rows.append(("state", f"of the loop's own: {', '.join(state['state']) or 'empty'}"))
-    out = [f"  {label:14} {text}" for label, text in rows]
+    out = [line for row in rows for line in _wrapped(*row)]
     out += ["", f"model: {_sum(model.values())}", *_table(model)]
     kinds = {}
     for name, (dtype, shape) in optimizer.items():
         kinds.setdefault(name.rpartition(".")[0] or name, []).append((dtype, shape))
     out += ["", f"optimizer: {_sum(optimizer.values())}" if optimizer else "optimizer: nothing"]
     return out + [f"  {name:14} {_sum(found)}" for name, found in kinds.items()]
+
+
+def _wrapped(label, text, width=80):
+    head = f"  {label:12} "
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def _table(found):

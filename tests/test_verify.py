@@ -105,10 +105,10 @@ def verified(overrides, steps=9, minutes=10.0):
 
 TEXT = {
     "data.source": "words.txt", "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16,
-    "model.block_size": 8, "model.dropout": 0.1, "train.batch_size": 2, "train.grad_accum": 3, "train.threads": 1,
-    "train.prefetch": 2, "monitor.activations": 2, "train.metrics": ["accuracy"], "guard.spike": 9.0,
-    "guard.window": 2, "guard.policy": "rollback", "optim.name": "sgd", "optim.momentum": 0.9,
-    "run.dir": "never-made",
+    "model.block_size": 8, "model.dropout": 0.1, "train.batch_size": 2, "train.grad_accum": 3,
+    "train.threads": 1, "train.prefetch": 2, "monitor.activations": 2, "train.metrics": ["accuracy"],
+    "guard.spike": 9.0, "guard.window": 2, "guard.policy": "rollback", "optim.name": "sgd",
+    "optim.momentum": 0.9, "run.dir": "never-made",
 }  # fmt: skip
 
 
