@@ -145,9 +145,10 @@ def replay(run_dir, step=None, task=None):
     Raises
     ------
     InputError
-        When the run kept no such step, or its file is damaged.
+        When there is no run, it kept no such step, or a file of that is damaged.
     """
     run_dir = Path(run_dir)
+    saved.check(run_dir)
     weights, batches, facts = guard.load_incident(_chosen(run_dir, step))
     config, found = saved.parts(run_dir, facts, task)
     model, loss = found.model, found.loss

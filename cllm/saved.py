@@ -126,10 +126,13 @@ def _loaded(run_dir, checkpoint, task):
     if checkpoint not in ("last", "best"):
         raise InputError(f'checkpoint is {checkpoint!r}, it must be "last" or "best"')
     check(run_dir)
-    path = checkpoints.newest(run_dir) if checkpoint == "last" else checkpoints.best(run_dir)
-    if path is None:
+    loaded = checkpoints.load_newest(run_dir, only_best=checkpoint == "best")
+    if loaded is None and not checkpoints.listed(run_dir):
         raise InputError(f"{run_dir} has no complete checkpoint yet; continue it with: cllm resume {run_dir}")
-    arrays, _, state = checkpoints.load(path)
+    if loaded is None:
+        none = f"{run_dir} has no whole checkpoint that was the best when it was evaluated"
+        raise InputError(none if checkpoint == "best" else f"all checkpoints of {run_dir} are damaged")
+    arrays, _, state = loaded
     config, found = parts(run_dir, state, task)
     found.model.load_state_dict(arrays)
     found.model.eval()
