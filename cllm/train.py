@@ -253,7 +253,13 @@ class Trainer(Lifecycle):
         self.model.train()
         self.thread_choice = None if train.threads else _ThreadChoice(self.threads)
         self.profile = Profile(self, PARTS) if train.profile else None
-        self.recorder.truncate(self.step)
+        last = self.recorder.truncate(self.step)
+        if last < self.step:
+            warnings.warn(
+                f"{self.run_dir / 'metrics.jsonl'} has lost the records of steps {last + 1} to {self.step}; "
+                "all else goes on as if it had them",
+                stacklevel=2,
+            )
         if self.config.guard.policy == "rollback" and self.step == 0:
             self._save(planned=True, final=False)  # so that there is something to go back to
         reason = None

@@ -1,14 +1,17 @@
 """Runs that are stopped at the worst moments, by kills and by signals, end as one that was left alone."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import kills
+import numpy as np
 import pytest
 import soak
 
@@ -129,6 +132,21 @@ def test_the_checkpoint_of_a_stop_is_not_where_a_run_goes_back_to(config, tmp_pa
     assert_same(tmp_path / "alone", tmp_path / "stopped")
 
 
+def test_records_that_are_older_than_the_checkpoint_are_told_of(config, tmp_path):
+    """No kill brings that about, but a folder that was put back may."""
+    fit(config, tmp_path / "alone")
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        fit(config, run_dir, [signal_at(20, signal.SIGTERM)])
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= 16))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl has lost the records of steps 17 to 20; all else"):
+        train.resume(run_dir, progress=Silent())
+    assert records.Run(run_dir).series("train", "loss")[0].tolist() == [*range(1, 17), *range(21, 31)]
+    assert all(line.startswith("record") for line in kills.differences(tmp_path / "alone", run_dir))
+
+
 def test_what_a_kill_left_of_a_users_file_goes(tmp_path):
     mine, folder = tmp_path / "my.py", tmp_path / "files"
     mine.write_text("x = 1\n")
@@ -154,6 +172,74 @@ def killed_child(n, moment, function):
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
     return status == signal.SIGKILL
+
+
+def arrays(step):
+    return {"a": np.full(3, step, np.float32)}, {"b": np.full(2, -step, np.float32)}
+
+
+def saved(run_dir, step, planned=True):
+    checkpoint.save(run_dir, step, *arrays(step), {"planned": planned, "best": {"step": 1}})
+
+
+def contents_of(run_dir):
+    """What a run that goes on finds: its checkpoints, its records, its configuration."""
+    files.clear_temporary(run_dir)
+    checkpoint.tidy(run_dir)
+    found = {}
+    for path in checkpoint.listed(run_dir):
+        loaded = checkpoint.load(path)
+        assert loaded[0]["a"].tolist() == [loaded[2]["step"]] * 3
+        found[loaded[2]["step"]] = loaded[2]["planned"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorder = records.Recorder(run_dir)
+    recorder.close()
+    hidden = [path.name for path in run_dir.rglob(".*")]
+    assert hidden == []
+    steps = [record["step"] for record in records.Run(run_dir).records]
+    return found, steps, (run_dir / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda run_dir: saved(run_dir, 9),
+        lambda run_dir: saved(run_dir, 5, planned=False),  # in the place of another one
+        lambda run_dir: checkpoint.prune(run_dir, 1),
+        lambda run_dir: checkpoint.clear(run_dir),
+        lambda run_dir: records.Recorder(run_dir).truncate(5),
+        lambda run_dir: records.Recorder(run_dir).write({"step": 8, "split": "train"}),
+        lambda run_dir: files.write_atomic(run_dir / "config.toml", "new"),
+    ],
+    ids=["save", "replace", "prune", "clear", "truncate", "write", "write_atomic"],
+)
+@pytest.mark.parametrize("moment", kills.MOMENTS)
+def test_killed_in_each_operation_all_is_as_before_or_as_after(tmp_path, work, moment):
+    before = tmp_path / "before"
+    before.mkdir()
+    for step in (1, 3, 5):
+        saved(before, step)
+    with records.Recorder(before) as recorder:
+        for step in range(1, 8):
+            recorder.write({"step": step, "split": "train"})
+    (before / "config.toml").write_text("old")
+    shutil.copytree(before, tmp_path / "after")
+    work(tmp_path / "after")
+    old, new = contents_of(before), contents_of(tmp_path / "after")
+    n, died, seen = 0, True, []
+    while died:
+        n += 1
+        run_dir = tmp_path / f"run-{n}"
+        shutil.copytree(before, run_dir)
+        died = killed_child(n, moment, lambda: work(run_dir))  # noqa: B023  (called at once)
+        seen.append(contents_of(run_dir))
+        checkpoints, steps, config = seen[-1]
+        # What deletes several may have deleted some of them, the oldest first.
+        fewer = [dict(list(old[0].items())[i:]) for i in range(len(old[0]))]
+        assert checkpoints in (old[0], new[0], *(fewer if len(new[0]) < len(old[0]) else ()))
+        assert steps in (old[1], new[1]) and config in (old[2], new[2])
+    assert n > 1 and seen[-1] == new
 
 
 def test_killed_in_each_operation_while_more_steps_are_asked_for(config, tmp_path, capfd):
