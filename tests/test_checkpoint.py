@@ -139,6 +139,14 @@ def test_a_state_that_vouches_for_itself_is_still_checked(tmp_path, changes):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "null", "[]", "{}", '{"step": 1e999}', "\udcff"])
+def test_a_state_that_is_none(tmp_path, text):
+    path = save(tmp_path, 1)
+    (path / "state.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"state\.json is damaged"):
+        checkpoint.load(path)
+
+
 def test_a_changed_hash_is_the_states_damage(tmp_path):
     path = save(tmp_path, 1)
     entry = json.loads((path / "state.json").read_text())

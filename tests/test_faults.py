@@ -351,6 +351,9 @@ def test_a_run_goes_on_or_is_resumed(tmp_path, text_file, faults, policy, lastin
         named = rf"{os.strerror(code)}: [^ ]*{named}(?!\.[0-9a-f]{{12}}\.tmp)"
         assert silent or re.search(named, said), (at, kind, path, said)
         ends[at] = "raised" if summary is None else summary["state"]
+        # Training goes on, but where it may have to go back to that checkpoint.
+        safe = "/incidents" in path or (policy == "stop" and re.search("step-0000000[0-4]", path))
+        assert lasting or not safe or ends[at] == "finished", (at, kind, path, said)
         if ends[at] != "finished":
             begun = (run_dir / "config.toml").exists()
             call = partial(go_on, run_dir) if begun else partial(fit, run_dir, text_file, policy)
@@ -380,6 +383,19 @@ def test_training_goes_on_without_a_checkpoint(tmp_path, text_file, faults):
         "training goes on, and will try the next one"
     )
     assert summary["state"] == "finished" and names(folder) == ["step-00000006"]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_no_checkpoint_is_newer_than_the_records(tmp_path, text_file, monkeypatch):
+    """There is room for checkpoints, and none for records."""
+    fit(tmp_path / "whole", text_file)
+    monkeypatch.setattr(records, "os", Faulty(0, errno.ENOSPC, ("write",)))
+    summary, said = told(partial(fit, tmp_path / "run", text_file))
+    monkeypatch.setattr(records, "os", os)
+    assert summary["state"] == "failed" and checkpoint.listed(tmp_path / "run") == []
+    assert said.count("records cannot be written") == 1
+    assert "step 6 could not be written (No space left on device: " in summary["error"]
+    go_on(tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
