@@ -261,10 +261,12 @@ def _parser():
         "go on with a run that was stopped",
         "Go on from a run's newest complete checkpoint, to the same weights as if it had never stopped. "
         "A finished run is left as it is; --train.max-steps extends it, where the schedule would have had "
-        "the same learning rates so far, as constant, inverse_sqrt and, before its decay, wsd have.",
+        "the same learning rates so far, as constant, inverse_sqrt and, before its decay, wsd have. "
+        "Intervals, limits and threads may change, and all of [guard] and [monitor].",
         "cllm resume runs/char",
         "cllm resume runs/char --train.max-steps 4000",
-        usage="cllm resume RUN [--train.KEY VALUE ...]",
+        "cllm resume runs/char --guard.policy skip",
+        usage="cllm resume RUN [--train.KEY VALUE ...] [--guard.KEY VALUE ...] [--monitor.KEY VALUE ...]",
     )
     sub.add_argument("directory", metavar="RUN", help="a run's directory")
 

@@ -34,7 +34,7 @@ class MonitorConfig:
         Whether the records also go to TensorBoard event files, in RUN/tensorboard (extra `tensorboard`).
     """
 
-    layers: int = 50
+    layers: int = 50  # a step that measures takes 0.6 ms more at tiny size, 2.8 at char: 0.4 and 0.1 % of all
     activations: int = 0
     tensorboard: bool = False
 
