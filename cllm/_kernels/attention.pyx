@@ -23,7 +23,7 @@ from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_largest, lanes_total
+from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
 from cllm._kernels.tile cimport MR, NV, VBYTES, pack, pack_transposed, round_up, tile
 
 cnp.import_array()
