@@ -10,6 +10,7 @@ cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport parallel, prange, threadid
 
+from cllm._kernels.threads cimport useful_threads
 from cllm._kernels.tile cimport MR, NV, VBYTES, ceil_div, pack, pack_transposed, round_up, tile
 
 from libc.string cimport memcpy
@@ -48,8 +49,10 @@ cdef enum:
     MAX_TILE = 6 * 64                   # elements in the largest tile
 cdef Py_ssize_t N_CHUNK = 4096          # columns of B packed at a time: bounds the scratch memory
 cdef Py_ssize_t OWN_BYTES = 1024 * 1024 # an operand of at most this size each thread packs for itself
-# Below this many multiply-adds a second thread costs more than it brings (two parallel regions, 3 us each).
-cdef double SERIAL_BELOW = 400_000
+# Multiply-adds from which a second thread pays (benchmarks/thresholds.py): 524288 forward 7.5 -> 6.8 us, backward
+# 14.5 -> 12.9. The same for the elements of column sums: 65536 5.3 -> 4.1 us.
+cdef double SERIAL_BELOW = 500_000
+cdef double SUMS_SERIAL_BELOW = 65536
 
 
 cdef void pack_panel(const floating* b, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize_t k, Py_ssize_t n,
@@ -141,8 +144,7 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     transpose, weight x^T, is computed, which reads weight in place.
     """
     cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
-    if <double>M * N * max(K, 1) < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(<double>M * N * max(K, 1), SERIAL_BELOW, n_threads)
     if flipped:
         return shares(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
     return shares(False, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
@@ -384,8 +386,7 @@ def column_sums(cnp.ndarray x, cnp.ndarray out, bint accumulate, int n_threads):
     cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT
     cdef int status
     assert out.shape[0] == n
-    if n_rows * n < 65536:          # 64k elements: 10 us, three times the cost of a parallel region
-        n_threads = 1
+    n_threads = useful_threads(n_rows * n, SUMS_SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             status = column_sums_loop[float](<float*>px, n_rows, n, <float*>pout, accumulate, n_threads)
@@ -404,13 +405,13 @@ cdef int matmul_loop(Py_ssize_t n_batch, const Py_ssize_t* ia, const Py_ssize_t*
     """Product i reads the matrices that start at a + ia[i] and b + ib[i]."""
     cdef Py_ssize_t i
     cdef int failed = 0
-    cdef bint across = n_batch >= n_threads and <double>n_batch * M * N * K >= SERIAL_BELOW
-    if not across:
+    cdef int useful = useful_threads(<double>n_batch * M * N * K, SERIAL_BELOW, n_threads)
+    if n_batch < useful:
         for i in range(n_batch):
             failed |= gemm(M, N, K, a + ia[i], ars, acs, b + ib[i], brs, bcs, out + i * M * N, N,
                            <const floating*>NULL, 0, <const floating*>NULL, n_threads)
     else:
-        for i in prange(n_batch, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        for i in prange(n_batch, num_threads=useful, schedule="static", use_threads_if=useful > 1):
             failed |= gemm(M, N, K, a + ia[i], ars, acs, b + ib[i], brs, bcs, out + i * M * N, N,
                            <const floating*>NULL, 0, <const floating*>NULL, 1)
     return failed
