@@ -26,8 +26,8 @@ from kernel_checks import (
 from cllm import kernels, reference
 from cllm.kernels import loss
 
-# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of each;
-# of threads: shares of dW's inputs, of rows when dW's operand is a packed panel (float32, float64), of packing.
+# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of each. Of threads
+# shares of dW's inputs; and of rows when dW's operand is a packed panel (float32, float64); common packing.
 SHAPES = [
     (1, 1, 1),
     (3, 65, 5),
