@@ -19,13 +19,10 @@ from cllm._kernels.norm cimport n_row_blocks
 from cllm._kernels.optimizers cimport adam_blocks
 from cllm._kernels.softmax cimport backward as softmax_rows_backward
 from cllm._kernels.softmax cimport forward as softmax_rows
-
-cdef enum:
-    SERIAL_BELOW = 32768    # elements under which a second thread costs more than it brings
-
+from cllm._kernels.threads cimport useful_threads
 
 cdef inline int threads(Py_ssize_t n, int n_threads) noexcept nogil:
-    return 1 if n < SERIAL_BELOW else n_threads
+    return useful_threads(n, 32768, n_threads)
 
 
 cdef inline int product(const floating* a, Py_ssize_t a_row, Py_ssize_t a_column, const floating* b,

@@ -56,7 +56,8 @@ class TrainConfig:
     seed : int
         Initial weights, batch order, dropout and generated lines follow from it.
     threads : int
-        Threads of the kernels; 0 keeps what the process uses. Results do not depend on it.
+        Threads of the kernels, at most one for each core; 0 keeps what the process uses. Results do not
+        depend on it.
     metrics : list of str
         Of `cllm.metrics.BY_NAME`: what evaluations measure besides the loss.
     patience : int

@@ -963,17 +963,17 @@ class Parameter(Tensor):
 
     def grad_target(self):
         if self._grad is not None:
-            self._claim = None
+            _set_claim(self, None)
             return self._grad, True
         if self._buffer is None:
             return empty(self.data.shape, self.data.dtype), False
         with self.claiming:
-            self._claim = _TAKEN
+            _set_claim(self, _TAKEN)
         return self._buffer, False
 
     def grad_written(self, array):
         _set_grad(self, array)
-        self._claim = None
+        _set_claim(self, None)
 
     def claim_grad(self):
         """An array for a gradient that is computed before `backward`; None while this parameter holds one.
@@ -998,6 +998,9 @@ class Parameter(Tensor):
                 return None
             self._claim = _TAKEN
         return self._buffer
+
+
+_set_claim = Parameter._claim.__set__
 
 
 # Operations on several tensors, and parts of methods -------------------------------------------------

@@ -15,6 +15,9 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 import cllm  # noqa: E402
+from cllm.kernels import threads  # noqa: E402
+
+threads.CORES = threads.MAX_THREADS  # tests may ask for more threads than this machine has cores
 
 # Subprocesses in other folders test the same package, installed or not.
 _root = os.path.dirname(os.path.dirname(cllm.__file__))

@@ -26,7 +26,8 @@ from kernel_checks import (
 from cllm import kernels, reference
 from cllm.kernels import loss
 
-# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of each.
+# (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of each. Of threads
+# shares of dW's inputs; and of rows when dW's operand is a packed panel (float32, float64); common packing.
 SHAPES = [
     (1, 1, 1),
     (3, 65, 5),
@@ -36,6 +37,10 @@ SHAPES = [
     (9, 65, 1700),
     (1700, 13, 9),
     (2, 4200, 3),
+    (300, 48, 256),
+    (300, 96, 64),
+    (300, 96, 32),
+    (400, 400, 700),
 ]
 
 
@@ -65,6 +70,12 @@ def test_linear_gives_the_same_bits_at_any_thread_count(shape, dtype):
     dy, x, weight, bias = problem(shape, dtype)
     assert_same_at_any_thread_count(lambda: kernels.linear_forward(x, weight, bias))
     assert_same_at_any_thread_count(lambda: kernels.linear_backward(dy, x, weight))
+
+    def accumulated():
+        out = np.empty_like(x), weight.copy(), bias.copy()
+        return kernels.linear_backward(dy, x, weight, out=out, accumulate=True)
+
+    assert_same_at_any_thread_count(accumulated)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

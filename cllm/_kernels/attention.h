@@ -11,15 +11,7 @@ typedef int64_t bits_f64 __attribute__((vector_size(CLLM_VBYTES)));
 /* e^x for x <= 0 as in rows.pxd, lane by lane. */
 static inline vec_f32 exp_below_f32(vec_f32 x)
 {
-    const vec_f32 t = x * 1.44269504088896341f + 12582912.0f;
-    const vec_f32 n = t - 12582912.0f;
-    const vec_f32 r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    vec_f32 p = 1.3981999507e-3f + r * 1.9875691500e-4f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    CLLM_EXP_PARTS(vec_f32, x, t, p);
     p *= (vec_f32)(((bits_f32)t << 23) + 0x3f800000);
     return (vec_f32)((bits_f32)p & ~(x < -87.33654f));
 }

@@ -23,7 +23,8 @@ from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_largest, lanes_total
+from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
+from cllm._kernels.threads cimport useful_threads
 from cllm._kernels.tile cimport MR, NV, VBYTES, pack, pack_transposed, round_up, tile
 
 cnp.import_array()
@@ -54,8 +55,9 @@ cdef enum:
 
 cdef Py_ssize_t ROWS = 16 * MR              # queries in a block
 cdef Py_ssize_t SCORE_BYTES = 256 * 1024    # of a forward block of scores: a quarter of L2
-# Below this many multiply-adds (all heads) a second thread costs more than it brings.
-cdef double SERIAL_BELOW = 200_000
+# Multiply-adds of all heads from which a second thread pays (benchmarks/thresholds.py): 131072 forward 14 -> 12 us,
+# backward 22 -> 18.
+cdef double SERIAL_BELOW = 131072
 
 
 cdef inline Py_ssize_t panel_width(Py_ssize_t item_size) noexcept nogil:
@@ -592,8 +594,7 @@ cdef bint fits(cnp.ndarray x, cnp.ndarray like, Py_ssize_t width) noexcept:
 
 cdef int threads_for(const Shape* shape, Py_ssize_t B, int n_threads) noexcept nogil:
     """At most one thread for each key/value head, and one alone for little work."""
-    if <double>B * shape.H * shape.Tq * shape.Tk * shape.D < SERIAL_BELOW:
-        return 1
+    n_threads = useful_threads(<double>B * shape.H * shape.Tq * shape.Tk * shape.D, SERIAL_BELOW, n_threads)
     return <int>min(<Py_ssize_t>n_threads, B * shape.H // shape.group)
 
 

@@ -10,6 +10,7 @@ cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport parallel, prange, threadid
 
+from cllm._kernels.threads cimport useful_threads
 from cllm._kernels.tile cimport MR, NV, VBYTES, ceil_div, pack, pack_transposed, round_up, tile
 
 from libc.string cimport memcpy
@@ -47,10 +48,11 @@ cdef enum:
     A_PANEL = 48                        # rows of A packed side by side: a multiple of every tile's
     MAX_TILE = 6 * 64                   # elements in the largest tile
 cdef Py_ssize_t N_CHUNK = 4096          # columns of B packed at a time: bounds the scratch memory
-cdef Py_ssize_t OWN_FROM = 96           # rows from which a thread packs a small b for itself,
-cdef Py_ssize_t OWN_BYTES = 256 * 1024  # of at most this size: a quarter of L2
-# Below this many multiply-adds a second thread costs more than it brings (two parallel regions, 3 us each).
-cdef double SERIAL_BELOW = 400_000
+cdef Py_ssize_t OWN_BYTES = 1024 * 1024 # an operand of at most this size each thread packs for itself
+# Multiply-adds from which a second thread pays (benchmarks/thresholds.py): 524288 forward 7.5 -> 6.8 us, backward
+# 14.5 -> 12.9. The same for the elements of column sums: 65536 5.3 -> 4.1 us.
+cdef double SERIAL_BELOW = 500_000
+cdef double SUMS_SERIAL_BELOW = 65536
 
 
 cdef void pack_panel(const floating* b, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize_t k, Py_ssize_t n,
@@ -142,8 +144,7 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     transpose, weight x^T, is computed, which reads weight in place.
     """
     cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
-    if <double>M * N * max(K, 1) < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(<double>M * N * max(K, 1), SERIAL_BELOW, n_threads)
     if flipped:
         return shares(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
     return shares(False, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
@@ -154,34 +155,43 @@ cdef inline bint in_place(Py_ssize_t N, Py_ssize_t brs, Py_ssize_t bcs, Py_ssize
     return N == width and brs == width and bcs == 1
 
 
+cdef inline bint panel_by_panel(Py_ssize_t M, Py_ssize_t N, Py_ssize_t acs, Py_ssize_t width,
+                                int n_threads) noexcept nogil:
+    """Few rows: a panel is packed and used at once, while it is in L2, by one thread."""
+    return acs == 1 and M <= 2 * M_BLOCK and min(N_CHUNK, round_up(N, width)) >= 4 * width * n_threads
+
+
 cdef int shares(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
                 const floating* a, Py_ssize_t ars, Py_ssize_t acs,
                 const floating* b, Py_ssize_t brs, Py_ssize_t bcs,
                 floating* c, Py_ssize_t ldc, const floating* add, Py_ssize_t ldadd,
                 const floating* bias, int n_threads) noexcept nogil:
-    """`blocks`, for a small b by threads that pack it each for itself: what another core has packed comes slowly.
+    """`blocks`, where the smaller operand is small by threads that pack it each for itself.
 
-    (256,192,64) on 2 threads:  us; rows of the result stay with the core that reads them next.
+    What another core has packed comes slowly; and the threads need not wait for one another. (256,192,64) on 2
+    threads: fwd 28 -> 20 us, dW, whose b is its own panel, 40 -> 22; (768,128,128): fwd 70 -> 60, dW 130 -> 85.
     """
     cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(floating)
-    cdef Py_ssize_t share = round_up(ceil_div(M, n_threads), MR), at, most = OWN_BYTES // <Py_ssize_t>sizeof(floating)
-    cdef Py_ssize_t columns = width * ceil_div(ceil_div(N, width), n_threads)
+    cdef Py_ssize_t rows = round_up(ceil_div(M, n_threads), MR), most = OWN_BYTES // <Py_ssize_t>sizeof(floating)
+    cdef Py_ssize_t columns = width * ceil_div(ceil_div(N, width), n_threads), at
     cdef int status = 0, task
-    cdef bint own = in_place(N, brs, bcs, width) or (acs == 1 and share >= OWN_FROM and N * K <= most)
-    if n_threads > 1 and own:
-        for task in prange(n_threads, num_threads=n_threads, schedule="static"):
-            at = task * share
-            if at < M:
-                status |= blocks(flipped, min(share, M - at), N, K, a + at * ars, ars, acs, b, brs, bcs,
-                                 c + (at if flipped else at * ldc), ldc,
-                                 add + (at if flipped else at * ldadd) if add is not NULL else NULL, ldadd,
-                                 bias + at if flipped and bias is not NULL else bias, 1)
-        return status
-    if n_threads > 1 and acs != 1 and columns * n_threads == N and M * K <= most:
+    cdef bint ready = in_place(N, brs, bcs, width)
+    if n_threads == 1 or not ready and panel_by_panel(M, N, acs, width, n_threads):
+        return blocks(flipped, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
+    if acs != 1 and N > M and M * K <= most and columns * n_threads == N:
         for task in prange(n_threads, num_threads=n_threads, schedule="static"):
             at = task * columns
             status |= blocks(flipped, M, columns, K, a, ars, acs, b + at * bcs, brs, bcs, c + at, ldc,
                              add + at if add is not NULL else NULL, ldadd, bias + at if bias is not NULL else NULL, 1)
+        return status
+    if ready or N * K <= most and rows * (n_threads - 1) < M:
+        for task in prange(n_threads, num_threads=n_threads, schedule="static"):
+            at = task * rows
+            if at < M:
+                status |= blocks(flipped, min(rows, M - at), N, K, a + at * ars, ars, acs, b, brs, bcs,
+                                 c + (at if flipped else at * ldc), ldc,
+                                 add + (at if flipped else at * ldadd) if add is not NULL else NULL, ldadd,
+                                 bias + at if flipped and bias is not NULL else bias, 1)
         return status
     return blocks(flipped, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
 
@@ -208,8 +218,7 @@ cdef int blocks(bint flipped, Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     cdef floating* panels
     if M == 0 or N == 0:
         return 0
-    # Few rows: a panel is packed and used at once, while it is in L2, by one thread.
-    by_panels = acs == 1 and not ready and M <= 2 * M_BLOCK and n_chunk >= 4 * width * n_threads
+    by_panels = not ready and panel_by_panel(M, N, acs, width, n_threads)
     # Equal blocks of rows, as many as a multiple of the threads; too few rows: columns are cut as well.
     n_m = ceil_div(M, M_BLOCK * n_threads) * n_threads
     m_block = round_up(ceil_div(M, n_m), MR)
@@ -377,8 +386,7 @@ def column_sums(cnp.ndarray x, cnp.ndarray out, bint accumulate, int n_threads):
     cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT
     cdef int status
     assert out.shape[0] == n
-    if n_rows * n < 65536:          # 64k elements: 10 us, three times the cost of a parallel region
-        n_threads = 1
+    n_threads = useful_threads(n_rows * n, SUMS_SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             status = column_sums_loop[float](<float*>px, n_rows, n, <float*>pout, accumulate, n_threads)
@@ -397,13 +405,13 @@ cdef int matmul_loop(Py_ssize_t n_batch, const Py_ssize_t* ia, const Py_ssize_t*
     """Product i reads the matrices that start at a + ia[i] and b + ib[i]."""
     cdef Py_ssize_t i
     cdef int failed = 0
-    cdef bint across = n_batch >= n_threads and <double>n_batch * M * N * K >= SERIAL_BELOW
-    if not across:
+    cdef int useful = useful_threads(<double>n_batch * M * N * K, SERIAL_BELOW, n_threads)
+    if n_batch < useful:
         for i in range(n_batch):
             failed |= gemm(M, N, K, a + ia[i], ars, acs, b + ib[i], brs, bcs, out + i * M * N, N,
                            <const floating*>NULL, 0, <const floating*>NULL, n_threads)
     else:
-        for i in prange(n_batch, num_threads=n_threads, schedule="static", use_threads_if=n_threads > 1):
+        for i in prange(n_batch, num_threads=useful, schedule="static", use_threads_if=useful > 1):
             failed |= gemm(M, N, K, a + ia[i], ars, acs, b + ib[i], brs, bcs, out + i * M * N, N,
                            <const floating*>NULL, 0, <const floating*>NULL, 1)
     return failed

@@ -15,16 +15,17 @@ from numpy cimport PyArray_DATA as data
 
 from cllm._kernels.lanes cimport LANES, lanes_clear, lanes_total
 from cllm._kernels.rows cimport CHUNK, row_exp, row_max, row_sum_exp
+from cllm._kernels.threads cimport useful_threads
 from cllm._kernels.vmath cimport vexp
 
 cnp.import_array()
 
 cdef enum:
     BLOCK = 4096            # elements in a block of the elementwise losses
-# Under this many logits a second thread costs more than it brings (1 ns a logit, 4 us a region).
-cdef Py_ssize_t SERIAL_BELOW = 16384
-# The same for the elementwise losses, which are bound by memory (0.3 ns an element).
-cdef Py_ssize_t ELEMENTS_SERIAL_BELOW = 32768
+# Logits from which a second thread pays (benchmarks/thresholds.py): 8192 forward 11.1 -> 7.9 us, backward 8.6 -> 6.9.
+# The same for the elements of the other losses: 16384 4.3 -> 3.9 us.
+cdef double SERIAL_BELOW = 8192
+cdef double ELEMENTS_SERIAL_BELOW = 16384
 
 
 cdef inline void* data_or_null(cnp.ndarray array):
@@ -254,8 +255,7 @@ def cross_entropy_forward(cnp.ndarray logits, cnp.ndarray targets, cnp.ndarray w
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
     cdef int64_t* t = <int64_t*>data(targets)
     cdef void* w = data_or_null(weight)
-    if N * V < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * V, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
             forward(<float*>data(logits), t, <float*>w, mean_weight, ignore_index, smoothing, z_loss,
@@ -272,8 +272,7 @@ def cross_entropy_backward(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray 
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
     cdef int64_t* t = <int64_t*>data(targets)
     cdef void* w = data_or_null(weight)
-    if N * V < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * V, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
             backward(<float*>data(dlosses), <float*>data(logits), t, <float*>data(lse), <float*>w,
@@ -291,8 +290,7 @@ def cross_entropy_both(cnp.ndarray dlosses, cnp.ndarray logits, cnp.ndarray targ
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
     cdef int64_t* t = <int64_t*>data(targets)
     cdef void* w = data_or_null(weight)
-    if N * V < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * V, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
             both(<float*>data(dlosses), <float*>data(logits), t, <float*>w, mean_weight, ignore_index,
@@ -382,8 +380,7 @@ def soft_cross_entropy_forward(cnp.ndarray logits, cnp.ndarray q, cnp.ndarray we
                                cnp.ndarray lse, int n_threads):
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
     cdef uint8_t* rows = <uint8_t*>data_or_null(mask)
-    if N * V < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * V, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
             soft_forward(<float*>data(logits), <float*>data(q), <float*>data(weight), mean_weight, rows,
@@ -399,8 +396,7 @@ def soft_cross_entropy_backward(cnp.ndarray dlosses, cnp.ndarray logits, cnp.nda
                                 double z_loss, cnp.ndarray dlogits, int n_threads):
     cdef Py_ssize_t N = cnp.PyArray_DIM(logits, 0), V = cnp.PyArray_DIM(logits, 1)
     cdef uint8_t* rows = <uint8_t*>data_or_null(mask)
-    if N * V < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * V, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(logits) == cnp.NPY_FLOAT:
         with nogil:
             soft_backward(<float*>data(dlosses), <float*>data(logits), <float*>data(q), <float*>data(lse),
@@ -462,8 +458,7 @@ cdef void regression_backward_blocks(const floating* dlosses, const floating* x,
 def regression_forward(cnp.ndarray x, cnp.ndarray t, double curve, double bend, double slope,
                        cnp.ndarray losses, int n_threads):
     cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
-    if n < ELEMENTS_SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, ELEMENTS_SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             regression_forward_blocks(<float*>data(x), <float*>data(t), <float*>data(losses), n, curve, bend,
@@ -477,8 +472,7 @@ def regression_forward(cnp.ndarray x, cnp.ndarray t, double curve, double bend, 
 def regression_backward(cnp.ndarray dlosses, cnp.ndarray x, cnp.ndarray t, double curve, double bend,
                         double slope, cnp.ndarray dx, int n_threads):
     cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
-    if n < ELEMENTS_SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, ELEMENTS_SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             regression_backward_blocks(<float*>data(dlosses), <float*>data(x), <float*>data(t),
@@ -568,8 +562,7 @@ def bce_with_logits_forward(cnp.ndarray x, cnp.ndarray t, cnp.ndarray weight, cn
     cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
     cdef void* w = data_or_null(weight)
     cdef void* p = data_or_null(pos)
-    if n < ELEMENTS_SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, ELEMENTS_SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             bce_forward_blocks(<float*>data(x), <float*>data(t), <float*>w, <float*>p, <float*>data(losses),
@@ -585,8 +578,7 @@ def bce_with_logits_backward(cnp.ndarray dlosses, cnp.ndarray x, cnp.ndarray t, 
     cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
     cdef void* w = data_or_null(weight)
     cdef void* p = data_or_null(pos)
-    if n < ELEMENTS_SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, ELEMENTS_SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             bce_backward_blocks(<float*>data(dlosses), <float*>data(x), <float*>data(t), <float*>w, <float*>p,

@@ -14,6 +14,8 @@ from libc.math cimport sqrt, sqrtf
 from libc.string cimport memset
 from numpy cimport PyArray_DATA as data
 
+from cllm._kernels.threads cimport useful_threads
+
 cnp.import_array()
 
 cdef extern from "norm.h" nogil:
@@ -34,8 +36,9 @@ cdef extern from "norm.h" nogil:
 cdef enum:
     ROW_BLOCK = 32          # rows of one partial sum
     COLUMN_BLOCK = 64       # columns of partial sums combined together
-# Under this many elements a second thread costs more than it brings (0.4 ns an element, 4 us a region).
-cdef Py_ssize_t SERIAL_BELOW = 32768
+# Elements from which a second thread pays (benchmarks/thresholds.py): 32768 layer norm forward 9.7 -> 6.6 us,
+# backward 15.3 -> 12.2.
+cdef double SERIAL_BELOW = 32768
 
 
 cdef Py_ssize_t n_row_blocks(Py_ssize_t N) noexcept nogil:
@@ -167,8 +170,7 @@ def norm_forward(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps
     cdef Py_ssize_t N = cnp.PyArray_SIZE(rstd), C = cnp.PyArray_SIZE(weight)
     cdef void* b = data_or_null(bias)
     cdef void* m = data_or_null(mean)
-    if N * C < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * C, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             forward(<float*>data(x), <float*>data(weight), <float*>b, eps, <float*>data(y), <float*>m,
@@ -191,8 +193,7 @@ def norm_backward(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray weight, bint centre
     cdef Py_ssize_t N = cnp.PyArray_SIZE(rstd), C = cnp.PyArray_SIZE(weight)
     cdef void* dw = data_or_null(dweight)
     cdef void* db = data_or_null(dbias)
-    if N * C < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(N * C, SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             backward(<float*>data(dy), <float*>data(x), <float*>data(weight), centred, <float*>data(mean),

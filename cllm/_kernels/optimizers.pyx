@@ -18,13 +18,16 @@ from libc.float cimport DBL_MIN, FLT_MIN
 from libc.math cimport fabs, fabsf, isnan, sqrt, sqrtf
 from libc.stdlib cimport calloc, free, malloc
 
+from cllm._kernels.threads cimport useful_threads
+
 cnp.import_array()
 
 cdef enum:
     BLOCK = 4096            # 16 KB of float32 an array
     LANES = 32              # partial sums of a block's squares
     ROW_BLOCKS = 64         # the most blocks that a matrix's rows are cut into (Adafactor)
-    SERIAL_BELOW = 65536    # elements; 65536 with a second thread: Adam 29 -> 20 us, scaling 3.1 -> 4.7 us
+# Elements from which a second thread pays (benchmarks/thresholds.py): 32768 AdamW 18.5 -> 13.1 us, SGD 10.1 -> 8.3.
+cdef double SERIAL_BELOW = 32768
 
 
 cdef inline floating root(floating x) noexcept nogil:
@@ -83,8 +86,7 @@ def sgd(cnp.ndarray param, cnp.ndarray grad, cnp.ndarray buffer, double sign, do
     cdef void* g = cnp.PyArray_DATA(grad)
     cdef void* b = NULL if buffer is None else cnp.PyArray_DATA(buffer)
     cdef bint single = cnp.PyArray_TYPE(param) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             sgd_blocks[float](<float*>p, <float*>g, <float*>b, n, sign, lr, weight_decay, momentum, keep,
@@ -147,8 +149,7 @@ def adam(cnp.ndarray param, cnp.ndarray grad, cnp.ndarray m, cnp.ndarray v, cnp.
     cdef void* v_ = cnp.PyArray_DATA(v)
     cdef void* x = NULL if v_max is None else cnp.PyArray_DATA(v_max)
     cdef bint single = cnp.PyArray_TYPE(param) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             adam_blocks[float](<float*>p, <float*>g, <float*>m_, <float*>v_, <float*>x, n, sign, step_size,
@@ -223,8 +224,7 @@ def rmsprop(cnp.ndarray param, cnp.ndarray grad, cnp.ndarray v, cnp.ndarray mean
     cdef void* m = NULL if mean is None else cnp.PyArray_DATA(mean)
     cdef void* b = NULL if buffer is None else cnp.PyArray_DATA(buffer)
     cdef bint single = cnp.PyArray_TYPE(param) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             rmsprop_blocks[float](<float*>p, <float*>g, <float*>v_, <float*>m, <float*>b, n, sign, lr, alpha,
@@ -266,8 +266,7 @@ def adagrad(cnp.ndarray param, cnp.ndarray grad, cnp.ndarray total, double sign,
     cdef void* g = cnp.PyArray_DATA(grad)
     cdef void* t = cnp.PyArray_DATA(total)
     cdef bint single = cnp.PyArray_TYPE(param) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             adagrad_blocks[float](<float*>p, <float*>g, <float*>t, n, sign, lr, eps, weight_decay, n_threads)
@@ -320,8 +319,7 @@ def lion(cnp.ndarray param, cnp.ndarray grad, cnp.ndarray m, double sign, double
     cdef void* g = cnp.PyArray_DATA(grad)
     cdef void* m_ = cnp.PyArray_DATA(m)
     cdef bint single = cnp.PyArray_TYPE(param) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             lion_blocks[float](<float*>p, <float*>g, <float*>m_, n, sign, lr, beta1, 1 - beta1, beta2,
@@ -363,8 +361,7 @@ def muon_momentum(cnp.ndarray grad, cnp.ndarray buffer, cnp.ndarray mixed, doubl
     cdef void* b = cnp.PyArray_DATA(buffer)
     cdef void* x = cnp.PyArray_DATA(mixed)
     cdef bint single = cnp.PyArray_TYPE(grad) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             muon_blocks[float](<float*>g, <float*>b, <float*>x, n, momentum, 1 - momentum, nesterov, n_threads)
@@ -411,8 +408,7 @@ def sum_of_squares(cnp.ndarray x, int n_threads):
     cdef double* partial = <double*>malloc((n_blocks + 1) * sizeof(double))
     if partial == NULL:
         raise MemoryError()
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             sum_of_squares_blocks[float](<float*>p, partial, n, n_threads)
@@ -512,8 +508,7 @@ def statistics(list arrays, cnp.ndarray table, int n_threads):
         for i in range(n_arrays):
             for b in range(part[i].first, part[i + 1].first):
                 owner[b] = i
-        if total < SERIAL_BELOW:
-            n_threads = 1
+        n_threads = useful_threads(total, SERIAL_BELOW, n_threads)
         with nogil:
             statistics_blocks(part, owner, partial, n_blocks, n_threads)
         for i in range(n_arrays):
@@ -754,8 +749,7 @@ def adafactor(cnp.ndarray param, cnp.ndarray grad, cnp.ndarray row_var, cnp.ndar
     cdef bint single = cnp.PyArray_TYPE(param) == cnp.NPY_FLOAT
     if n == 0:
         return
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     if variance is None:
         R, C = cnp.PyArray_DIM(param, n_dims - 2), cnp.PyArray_DIM(param, n_dims - 1)
         B = n // (R * C)
@@ -801,8 +795,7 @@ def scale(cnp.ndarray x, double factor, int n_threads):
     cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
     cdef void* p = cnp.PyArray_DATA(x)
     cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             scale_blocks[float](<float*>p, n, factor, n_threads)
@@ -831,8 +824,7 @@ def clip(cnp.ndarray x, double limit, int n_threads):
     cdef Py_ssize_t n = cnp.PyArray_SIZE(x)
     cdef void* p = cnp.PyArray_DATA(x)
     cdef bint single = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT
-    if n < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(n, SERIAL_BELOW, n_threads)
     with nogil:
         if single:
             clip_blocks[float](<float*>p, n, limit, n_threads)

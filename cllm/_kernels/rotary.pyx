@@ -10,12 +10,14 @@ from cython.parallel cimport prange
 from libc.string cimport memcpy
 from numpy cimport PyArray_DATA as data
 
+from cllm._kernels.threads cimport useful_threads
+
 cnp.import_array()
 
 cdef enum:
     PIECE = 64              # pairs of a row that are turned together
-# Under this many elements a second thread costs more than it brings (0.4 ns an element, 4 us a region).
-cdef Py_ssize_t SERIAL_BELOW = 32768
+# Elements from which a second thread pays (benchmarks/thresholds.py): 16384 9.1 -> 7.6 us.
+cdef double SERIAL_BELOW = 16384
 
 
 cdef inline void turn(const floating* x, const floating* cosine, const floating* sine, floating sign,
@@ -58,8 +60,7 @@ def rotary(cnp.ndarray x, cnp.ndarray cosine, cnp.ndarray sine, bint back, cnp.n
     for i in range(3):
         xs[i] = cnp.PyArray_STRIDE(x, i) // size
         os[i] = cnp.PyArray_STRIDE(out, i) // size
-    if cnp.PyArray_SIZE(x) < SERIAL_BELOW:
-        n_threads = 1
+    n_threads = useful_threads(cnp.PyArray_SIZE(x), SERIAL_BELOW, n_threads)
     if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT:
         with nogil:
             rotate(<float*>data(x), xs, <float*>data(cosine), <float*>data(sine), shared, <float>sign,

@@ -8,21 +8,11 @@ from cllm._kernels.vmath cimport vexp
 
 cdef extern from *:
     """
-    #include <stdint.h>
+    #include "vmath.h"
     /* e^x for x <= 0, which need not be exact above: vmath.h's polynomial, with an error under 2e-7, in 17
      * operations for its 26. 0 below -87.33, the smallest normal number; NaN stays NaN. */
     static inline __attribute__((always_inline)) float cllm_expf_below(float x) {
-        const float magic = 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the rounded number */
-        const float t = x * 1.44269504088896341f + magic;
-        const float n = t - magic;
-        float r = x - n * 0.693359375f;
-        r = r - n * -2.12194440e-4f;
-        float p = 1.3981999507e-3f + r * 1.9875691500e-4f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * (r * r) + r + 1.0f;
+        CLLM_EXP_PARTS(float, x, t, p);
         union { float f; uint32_t i; } u;
         u.f = t;
         u.i = (u.i << 23) + 0x3f800000u; /* 2^n: of t's bits only n's are left */

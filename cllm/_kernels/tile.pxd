@@ -50,7 +50,7 @@ cdef inline void pack(const floating* x, Py_ssize_t ld, Py_ssize_t count, Py_ssi
 
 cdef inline void pack_transposed(const floating* x, Py_ssize_t ld, Py_ssize_t count, Py_ssize_t n, Py_ssize_t width,
                                  double scale, floating* y) noexcept nogil:
-    """y (count, width) = scale * the transpose of x (n, count) with row stride ld, zeros from n to the next whole vector."""
+    """y (count, width) = scale * the transpose of x (n, count) with row stride ld, and zeros as from `pack`."""
     if floating is float:
         cllm_pack_transposed_f32(x, ld, count, n, width, <float>scale, y)
     else:

@@ -12,24 +12,26 @@
 
 #define CLLM_INLINE static inline __attribute__((always_inline))
 
+/* t, whose last bits are n = x / ln(2) rounded, and p = e^(x - n ln(2)): Cody-Waite reduction to |r| <= ln(2)/2 and a
+ * polynomial of degree 6. TYPE is float or a vector of floats. */
+#define CLLM_EXP_PARTS(TYPE, x, t, p)                                                                       \
+    const TYPE t = (x) * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23 */                               \
+    const TYPE t##_n = t - 12582912.0f;                                                                     \
+    const TYPE t##_r = (x) - t##_n * 0.693359375f - t##_n * -2.12194440e-4f; /* n times the first is exact */ \
+    TYPE p = 1.3981999507e-3f + t##_r * 1.9875691500e-4f;                                                   \
+    p = p * t##_r + 8.3334519073e-3f;                                                                       \
+    p = p * t##_r + 4.1665795894e-2f;                                                                       \
+    p = p * t##_r + 1.6666665459e-1f;                                                                       \
+    p = p * t##_r + 5.0000001201e-1f;                                                                       \
+    p = p * (t##_r * t##_r) + t##_r + 1.0f
+
 /* e^x with a relative error under 2e-7 on [-86.9, 88.7]; 0 below -86.99, infinity above 88.73; NaN stays
- * NaN. Cody-Waite reduction to |r| <= ln(2)/2 and a polynomial of degree 6. The bounds need no selection at
- * the end: 2^(n-1) is 0 at the lower one, and at the upper one the result overflows. */
+ * NaN. The bounds need no selection at the end: 2^(n-1) is 0 at the lower one, and at the upper one the result
+ * overflows. */
 CLLM_INLINE float cllm_expf(float x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23 */
     float c = x < -87.33654f ? -87.33654f : x;
     c = c > 89.0f ? 89.0f : c;
-    const float t = c * 1.44269504088896341f + magic;
-    const float n = t - magic;
-    /* ln(2) in two parts; n times the first is exact */
-    float r = c - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    float p = 1.3981999507e-3f + r * 1.9875691500e-4f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    CLLM_EXP_PARTS(float, c, t, p);
     union { float f; int32_t i; } u, half;
     u.f = t;
     /* 2^n as 2^(n-1) * 2: n = 128 does not fit an exponent */

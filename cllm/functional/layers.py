@@ -8,7 +8,8 @@ from cllm import kernels
 from cllm.errors import InputError
 from cllm.functional.elementwise import ACTIVATIONS
 from cllm.functional.gradients import data_of, targets_of, written
-from cllm.tensor import Tensor, _sum, as_tensor, record
+from cllm.kernels.linear import leading_sums
+from cllm.tensor import Tensor, as_tensor, record
 
 
 def _optional(x):
@@ -80,11 +81,8 @@ def token_position_embedding(tokens, token_weight, position_weight):
         (dposition,), add = targets_of(position_weight)
         if dposition is None:
             dposition = np.zeros_like(position_weight.data)
-        total = _sum(grad, tuple(range(grad.ndim - 2)))
-        if add:
-            dposition[:T] += total
-        else:
-            dposition[:T] = total
+        leading_sums(grad, dposition[:T], add)
+        if not add:
             dposition[T:] = 0
         return written((token_weight, position_weight), (dtoken, dposition))
 

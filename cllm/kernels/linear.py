@@ -86,6 +86,13 @@ def linear_backward(dy, x, weight, *, bias=True, out=None, accumulate=False):
     return dx, dweight, dbias
 
 
+def leading_sums(x, out, accumulate):
+    """out (+)= x (..., *out.shape) summed over its leading dimensions; out is contiguous and of x's dtype."""
+    (x,) = checks.floats("leading_sums", x=x)
+    rows = x.reshape(x.size // max(out.size, 1), out.size)
+    _gemm.column_sums(rows, out.reshape(-1), accumulate, threads.count)
+
+
 def _linear_gradients(dy, x, weight, dx, dweight, dbias, accumulate):
     """`linear_backward` on checked arrays; dbias may be None."""
     dy, x = checks.rows(dy), checks.rows(x)
