@@ -18,7 +18,7 @@ cnp.import_array()
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 LARGEST = {dtype: float(np.finfo(dtype).max) for dtype in FLOATS}
 
-OPTIONAL = ("bias", "b1", "b2", "momentum_buffer", "v_max", "grad_avg")  # arguments that may be None
+OPTIONAL = ("bias", "b1", "b2")  # arrays that may be None
 
 cdef int READABLE = cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED
 

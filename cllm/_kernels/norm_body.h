@@ -28,39 +28,44 @@ static inline REAL NAME(lanes_total)(const NAME(vec) *sums, const REAL *rest, pt
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
-/* The sum of x (C). */
-static inline REAL NAME(cllm_row_sum)(const REAL *restrict x, ptrdiff_t C)
+/* The sum of x - mean, x being (C). */
+static inline REAL NAME(cllm_row_sum)(const REAL *restrict x, REAL mean, ptrdiff_t C)
 {
     NAME(vec) a[GROUPS] = {0};
+    REAL left[CLLM_LANES];
     ptrdiff_t j = 0;
     for (; j + CLLM_LANES <= C; j += CLLM_LANES)
 #pragma GCC unroll 16
         for (int i = 0; i < (int)GROUPS; i++)
-            a[i] += LOAD(x + j + i * WIDTH);
-    return NAME(lanes_total)(a, x + j, C - j);
+            a[i] += LOAD(x + j + i * WIDTH) - mean;
+    for (ptrdiff_t k = 0; k < C - j; k++)
+        left[k] = x[j + k] - mean;
+    return NAME(lanes_total)(a, left, C - j);
 }
 
-/* The sum of (x - mean)^2. */
-static inline REAL NAME(cllm_row_squares)(const REAL *restrict x, REAL mean, ptrdiff_t C)
+/* The sum of (x - mean - rest)^2. */
+static inline REAL NAME(cllm_row_squares)(const REAL *restrict x, REAL mean, REAL rest, ptrdiff_t C)
 {
     NAME(vec) a[GROUPS] = {0};
-    REAL rest[CLLM_LANES];
+    REAL left[CLLM_LANES];
     ptrdiff_t j = 0;
     for (; j + CLLM_LANES <= C; j += CLLM_LANES)
 #pragma GCC unroll 16
         for (int i = 0; i < (int)GROUPS; i++) {
-            const NAME(vec) d = LOAD(x + j + i * WIDTH) - mean;
+            const NAME(vec) d = LOAD(x + j + i * WIDTH) - mean - rest;
             a[i] += d * d;
         }
-    for (ptrdiff_t k = 0; k < C - j; k++)
-        rest[k] = (x[j + k] - mean) * (x[j + k] - mean);
-    return NAME(lanes_total)(a, rest, C - j);
+    for (ptrdiff_t k = 0; k < C - j; k++) {
+        const REAL d = x[j + k] - mean - rest;
+        left[k] = d * d;
+    }
+    return NAME(lanes_total)(a, left, C - j);
 }
 
-/* plain = sum(g), normed = sum(g (x - mean)) with g = dy weight. */
+/* plain = sum(g), normed = sum(g (x - mean - rest)) with g = dy weight. */
 static inline void NAME(cllm_row_products)(
-    const REAL *restrict dy, const REAL *restrict x, const REAL *restrict weight, REAL mean, ptrdiff_t C,
-    REAL *plain, REAL *normed)
+    const REAL *restrict dy, const REAL *restrict x, const REAL *restrict weight, REAL mean, REAL rest,
+    ptrdiff_t C, REAL *plain, REAL *normed)
 {
     NAME(vec) a[GROUPS] = {0}, b[GROUPS] = {0};
     REAL g[CLLM_LANES], h[CLLM_LANES];
@@ -71,25 +76,26 @@ static inline void NAME(cllm_row_products)(
             const ptrdiff_t at = j + i * WIDTH;
             const NAME(vec) v = LOAD(dy + at) * LOAD(weight + at);
             a[i] += v;
-            b[i] += v * (LOAD(x + at) - mean);
+            b[i] += v * (LOAD(x + at) - mean - rest);
         }
     for (ptrdiff_t k = 0; k < C - j; k++) {
         g[k] = dy[j + k] * weight[j + k];
-        h[k] = g[k] * (x[j + k] - mean);
+        h[k] = g[k] * (x[j + k] - mean - rest);
     }
     *plain = NAME(lanes_total)(a, g, C - j);
     *normed = NAME(lanes_total)(b, h, C - j);
 }
 
-/* dx = rstd (dy weight - plain - (x - mean) normed), and the row's part of the gradients of weight and bias:
- * dweight += dy (x - mean) rstd, dbias += dy. */
+/* With d = x - mean - rest: dx = rstd (dy weight - plain - d normed), and the row's part of the gradients of
+ * weight and bias: dweight += dy d rstd, dbias += dy. */
 static inline void NAME(cllm_row_backward)(
-    const REAL *restrict dy, const REAL *restrict x, const REAL *restrict weight, REAL mean, REAL rstd,
-    REAL plain, REAL normed, REAL *restrict dx, REAL *restrict dweight, REAL *restrict dbias, ptrdiff_t C)
+    const REAL *restrict dy, const REAL *restrict x, const REAL *restrict weight, REAL mean, REAL rest,
+    REAL rstd, REAL plain, REAL normed, REAL *restrict dx, REAL *restrict dweight, REAL *restrict dbias,
+    ptrdiff_t C)
 {
 #pragma GCC ivdep
     for (ptrdiff_t j = 0; j < C; j++) {
-        const REAL d = x[j] - mean;
+        const REAL d = x[j] - mean - rest;
         dx[j] = rstd * (dy[j] * weight[j] - plain - d * normed);
         dweight[j] += dy[j] * (d * rstd);
         dbias[j] += dy[j];
