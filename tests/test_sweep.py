@@ -20,6 +20,7 @@ import pytest
 from cllm import config, records, sweep, train, verdict, watch
 from cllm.errors import InputError
 from cllm.progress import Silent
+from cllm.sweep.results import read
 
 BASE = """
 [data]
@@ -298,7 +299,7 @@ def test_at_and_goal_say_which_record_of_a_trial_counts(write, tmp_path, at, goa
         for step, loss in enumerate((3.0, 2.0, 2.5), 1):
             recorder.write({"step": step, "split": "val", "loss": loss})
     records.write_summary(run_dir, {"state": "finished", "step": 3, "seconds": 1.0})
-    found = sweep._read(plan, trial, tmp_path / "out")
+    found = read(plan, trial, tmp_path / "out")
     assert (found.state, found.value) == ("finished", expected)
 
 
