@@ -60,14 +60,17 @@ class Lifecycle:
         See `cllm.progress`; None is what suits standard output.
     name : str
         With an empty ``run.dir`` the run goes to the first free ``runs/<name>-<n>``.
+    pause_at : int or None
+        The step after which it ends as if interrupted, if that is not its last.
     """
 
     unit = "tokens"
 
-    def __init__(self, config, progress, name):
+    def __init__(self, config, progress, name, pause_at=None):
         self.config = config
         self.progress = progress
         self.name = name
+        self.pause_at = pause_at
         self.units = parallel.here()
         self.stop = False
         self.step = 0
@@ -89,7 +92,8 @@ class Lifecycle:
         dict
             What summary.json holds. ``state`` is "finished", or "failed" with an ``error`` when the loss
             is no longer finite or the last checkpoint cannot be written. It is "interrupted", and there is
-            no summary.json, when train.max_minutes are over; a checkpoint is written then.
+            no summary.json, when train.max_minutes are over or step `pause_at` is done; a checkpoint is
+            written then.
 
         Raises
         ------

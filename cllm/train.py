@@ -120,6 +120,9 @@ class Trainer(Lifecycle):
         Shows the run, see `cllm.progress`; by default what suits standard output.
     name : str
         With an empty ``run.dir`` the run goes to the first free ``runs/<name>-<n>``.
+    pause_at : int, optional
+        The step after which the run ends as "interrupted", to be resumed later: with a checkpoint, and with
+        the bits of a run that never paused. The last step is no pause. Not for a loop of one's own.
 
     Attributes
     ----------
@@ -129,9 +132,11 @@ class Trainer(Lifecycle):
         The text of a run without a task of its own, else None.
     """
 
-    def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run"):
+    def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run", pause_at=None):
         config = configs.given(config)
-        super().__init__(config, progress, name)
+        if pause_at is not None:
+            _check_pause(config, pause_at)
+        super().__init__(config, progress, name, pause_at)
         if task is not None:
             if not isinstance(task, tasks.Task):
                 raise InputError(f"task is a {type(task).__name__}, it must be a cllm.Task")
@@ -249,7 +254,7 @@ class Trainer(Lifecycle):
         self.recorder.truncate(self.step)
         if self.config.guard.policy == "rollback" and self.step == 0:
             self._save(final=False)  # so that there is something to go back to
-        reason = None
+        reason = self._pause()  # a resumed run may have come so far already
         try:
             while self.step < train.max_steps and not self.stop and reason is None:
                 reason = self._step(stop)
@@ -280,7 +285,7 @@ class Trainer(Lifecycle):
                 self.shown.evaluation(record)
         if train.sample_interval and self.step % train.sample_interval == 0:
             self.shown.sample(self.step, self._sample())
-        reason = next(filter(None, self.units.gather(stop.reason)), None)
+        reason = next(filter(None, self.units.gather(stop.reason)), None) or self._pause()
         last = self._due(0)
         if new_best or self._due(train.checkpoint_interval) or reason:
             self._save(final=last or reason is not None)
@@ -292,6 +297,11 @@ class Trainer(Lifecycle):
         if 0 < self.config.train.patience <= self.stale:
             self.stop = True
             self.shown.note(f"step {self.step}: stopped early, no better loss in {self.stale} evaluations")
+
+    def _pause(self):
+        """ "pause" when the run has come to its `pause_at`, and not to its end."""
+        there = self.pause_at is not None and self.pause_at <= self.step
+        return "pause" if there and not self._due(0) else None
 
     def _due(self, interval):
         if self.stop or self.step == self.config.train.max_steps:
@@ -555,7 +565,7 @@ def _is_json(value):
     return True
 
 
-def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
+def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None, pause_at=None):
     """Continue a run from its newest complete checkpoint, or from step 0 when it has none.
 
     Parameters
@@ -564,7 +574,7 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
     overrides : dict, optional
         Dotted keys to values; of [train] the intervals, limits, threads and ``max_steps`` may change.
         Another ``max_steps`` needs a schedule that would have had the same rates in all steps so far.
-    callbacks, progress, task
+    callbacks, progress, task, pause_at
         As the `Trainer`'s: the same callbacks and, if the run had one, the same task.
 
     Returns
@@ -585,7 +595,7 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
         on with another instruction set or other versions, which summary.json then tells of ("environments").
     """
     with parallel.here().agreeing():
-        run = _resumed(Path(run_dir), overrides or {}, callbacks, progress, task)
+        run = _resumed(Path(run_dir), overrides or {}, callbacks, progress, task, pause_at)
     if isinstance(run, dict):
         return run
     if run.units.rank == 0:  # only now that all units have read what is there
@@ -594,7 +604,7 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
     return run._run()
 
 
-def _resumed(run_dir, overrides, callbacks, progress, task):
+def _resumed(run_dir, overrides, callbacks, progress, task, pause_at):
     """A run at its newest checkpoint, ready to go on, and held; the summary of one that has finished."""
     for key in overrides:
         if key not in {f"train.{name}" for name in RESUMABLE}:
@@ -615,7 +625,7 @@ def _resumed(run_dir, overrides, callbacks, progress, task):
         if lock is not None:
             clear_temporary(run_dir)
             checkpoints.tidy(run_dir)
-        return _restored(run_dir, overrides, callbacks, progress, task, lock)
+        return _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -627,7 +637,7 @@ def _configs(run_dir, overrides):
     return configs.load(run_dir / "config.toml"), configs.load(run_dir / "config.toml", overrides)
 
 
-def _restored(run_dir, overrides, callbacks, progress, task, lock):
+def _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock):
     loaded = checkpoints.load_newest(run_dir)
     userfile.refuse_changed(loaded[2].get("files", {}) if loaded else {}, run_dir / FILES, run_dir)
     saved, config = _configs(run_dir, overrides)
@@ -636,6 +646,8 @@ def _restored(run_dir, overrides, callbacks, progress, task, lock):
             raise InputError("task is given, but task.run is a loop of its own, which has none")
         if tasks.checked_callbacks(callbacks):
             raise InputError(NO_CALLBACKS)
+        if pause_at is not None:
+            _check_pause(config, pause_at)
         _refuse_units(parallel.here())
         run = OwnLoop(config, progress)
     else:
@@ -644,7 +656,7 @@ def _restored(run_dir, overrides, callbacks, progress, task, lock):
                 f"{run_dir} was trained on a task made in Python; to go on: "
                 f"cllm.train.resume({str(run_dir)!r}, task=...)"
             )
-        run = Trainer(config, task, callbacks, progress=progress)
+        run = Trainer(config, task, callbacks, progress=progress, pause_at=pause_at)
     done = loaded[2]["step"] if loaded else 0
     if config.train.max_steps < done:
         raise InputError(
@@ -673,6 +685,13 @@ def _refuse_another_past(config, max_steps, done):
                 f"the length of the run ({planned} steps so far); start a new run, or next time choose one "
                 'that does not, such as "constant", "inverse_sqrt" or, before its decay, "wsd"'
             )
+
+
+def _check_pause(config, pause_at):
+    if type(pause_at) is not int or pause_at < 1:
+        raise InputError(f"pause_at is {pause_at!r}, it must be a step: an integer of at least 1")
+    if config.task.run is not None:
+        raise InputError(f"pause_at is {pause_at}, but task.run is a loop of its own, which cannot pause")
 
 
 def _refuse_units(units):
