@@ -28,7 +28,7 @@ from cllm.task import LossConfig, TaskConfig
 
 __all__ = [
     "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "given", "load",
-    "optimizer_arguments", "parse_value", "task_flags", "to_dict", "to_toml", "unflatten",
+    "optimizer_arguments", "parse_value", "takes_integers", "task_flags", "to_dict", "to_toml", "unflatten",
 ]  # fmt: skip
 
 
@@ -414,6 +414,19 @@ def optimizer_arguments(name):
             hint = int | float if hint is int else hint  # momentum=0 may become 0.9
         hints[key] = hint
     return hints
+
+
+def takes_integers(key):
+    """Whether a dotted key holds whole numbers only; None where a function or class of the user's decides."""
+    section, _, name = key.partition(".")
+    hints = dict(typing.get_type_hints(SECTIONS[section])) if section in SECTIONS else {}
+    if section == "optim":
+        for optimizer in optim.BY_NAME:
+            hints = {**optimizer_arguments(optimizer), **hints}
+    if name not in hints or section == "task":
+        return None
+    options = _options(hints[name])
+    return int in options and float not in options
 
 
 # Types -----------------------------------------------------------------------------------------------

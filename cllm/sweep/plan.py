@@ -1,16 +1,21 @@
 """A sweep's file as a `Sweep`: a base configuration, the settings that change it, the seeds."""
 
 import copy
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from cllm import config as configs
 from cllm import optim, records, schedules, userfile
 from cllm.errors import InputError, nearest
 from cllm.sweep import space as spaces
+from cllm.sweep import tpe
 from cllm.verdict import text
 
-__all__ = ["Sweep", "SweepConfig", "Trial"]
+__all__ = ["ConfirmConfig", "PruneConfig", "Sweep", "SweepConfig", "Trial", "numbered"]
+
+PARTS = ("sweep", "base", "space", "prune", "confirm")  # of a sweep's file
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,15 @@ class SweepConfig:
 
     Parameters
     ----------
-    method : "grid"
-        How settings are chosen from the space; "grid" takes all.
+    method : "grid", "random", "qmc" or "tpe"
+        How settings are chosen from the space. "grid" takes all; "random" draws independent ones; "qmc" takes
+        points of a scrambled Sobol sequence, which cover the space more evenly; "tpe" proposes settings in
+        rounds, from what those of finished rounds have reached (Bergstra et al. 2011, as optuna has it).
+        The last three take the blocks in turn, so that each gets an equal share.
+    trials : int, optional
+        How many settings; "grid" takes none, the others need it.
+    sampler_seed : int
+        What the samplers draw follows from it.
     seeds : list of int
         Each setting runs with each of them as train.seed.
     objective : str
@@ -47,6 +59,8 @@ class SweepConfig:
     """
 
     method: str = "grid"
+    trials: int | None = None
+    sampler_seed: int = 0
     seeds: list = field(default_factory=lambda: [0, 1, 2])
     objective: str = "val.loss"
     at: str = "last"
@@ -54,22 +68,80 @@ class SweepConfig:
     threads: int = 1
 
     def __post_init__(self):
-        for name, allowed in {
-            "method": ("grid",), "at": ("last", "best"), "goal": ("minimize", "maximize")
-        }.items():  # fmt: skip
-            value = getattr(self, name)
-            if value not in allowed:
-                words = " or ".join(f'"{word}"' for word in allowed)
-                raise InputError(f"sweep.{name} is {value!r}, it must be {words}")
-        if not isinstance(self.seeds, list) or not self.seeds or not all(map(_is_seed, self.seeds)):
-            raise InputError(f"sweep.seeds is {self.seeds!r}, it must be a list of integers of at least 0")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"sweep.seeds is {self.seeds}, each seed must be there once")
+        _check_choice("sweep.method", self.method, ("grid", "random", "qmc", "tpe"))
+        _check_choice("sweep.at", self.at, ("last", "best"))
+        _check_choice("sweep.goal", self.goal, ("minimize", "maximize"))
+        _check_seeds("sweep.seeds", self.seeds)
         parts = self.objective.split(".") if isinstance(self.objective, str) else []
         if len(parts) < 2 or not all(parts):
             raise InputError(f'sweep.objective is {self.objective!r}, it must be SPLIT.METRIC: "val.loss"')
-        if not _is_seed(self.threads) or self.threads < 1:
-            raise InputError(f"sweep.threads is {self.threads!r}, it must be an integer of at least 1")
+        _check_whole("sweep.threads", self.threads, 1)
+        _check_whole("sweep.sampler_seed", self.sampler_seed, 0)
+        if self.method == "grid" and self.trials is not None:
+            raise InputError(
+                f'sweep.trials is {self.trials!r}, but method = "grid" takes all settings of the space: '
+                'leave it out, or choose method = "random", "qmc" or "tpe"'
+            )
+        if self.method != "grid" and self.trials is None:
+            raise InputError(f'sweep.trials is missing: method = "{self.method}" needs a number of settings')
+        if self.trials is not None:
+            _check_whole("sweep.trials", self.trials, 1)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """[prune]: dropping settings on the way, by their means over seeds at exactly the same step.
+
+    Parameters
+    ----------
+    method : "none", "median" or "halving"
+        At each of `steps`, "median" drops the settings that are worse than the median, "halving" keeps the
+        share `keep` of them. A seed is never dropped without its setting.
+    steps : list of int
+        The rungs, ascending: steps at which the objective is recorded.
+    keep : float
+        Of the settings that reach a rung; rounded up to a whole setting.
+    """
+
+    method: str = "none"
+    steps: list = field(default_factory=list)
+    keep: float = 0.5
+
+    def __post_init__(self):
+        _check_choice("prune.method", self.method, ("none", "median", "halving"))
+        steps = self.steps
+        ints = isinstance(steps, list) and all(_is_whole(step, 1) for step in steps)
+        if not ints or steps != sorted(set(steps)):
+            raise InputError(f"prune.steps is {steps!r}, it must be a list of ascending steps of at least 1")
+        if self.method != "none" and not steps:
+            raise InputError(f'prune.steps is missing: method = "{self.method}" compares settings at them')
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep < 1:
+            raise InputError(f"prune.keep is {self.keep!r}, it must be a share between 0 and 1")
+
+    @property
+    def rungs(self):
+        """The steps at which settings are dropped; none of them without a method."""
+        return [] if self.method == "none" else self.steps
+
+
+@dataclass(frozen=True)
+class ConfirmConfig:
+    """[confirm]: the best settings run again, with seeds that did not choose them.
+
+    Parameters
+    ----------
+    top : int
+        How many settings of the ranking.
+    seeds : list of int
+        None of them in sweep.seeds.
+    """
+
+    top: int = 2
+    seeds: list = field(default_factory=lambda: [10, 11, 12, 13, 14])
+
+    def __post_init__(self):
+        _check_whole("confirm.top", self.top, 1)
+        _check_seeds("confirm.seeds", self.seeds)
 
 
 @dataclass(frozen=True)
@@ -84,9 +156,14 @@ class Sweep:
     space : list of dict
         The [[space]] blocks as written.
     settings : list of dict
-        Dotted keys to values, one dict a setting, each once, in the order of the blocks.
+        Dotted keys to values, one dict a setting, by number; each once. With method "tpe" those known so
+        far: `stages` appends to it.
     notices : list of str
         What the user should know before the sweep starts.
+    prune : PruneConfig
+    confirm : ConfirmConfig or None
+    left_out : frozenset of int
+        Numbers of settings that an earlier call of the sweep had and this one has not; see `numbered`.
     """
 
     config: SweepConfig
@@ -94,6 +171,9 @@ class Sweep:
     space: list
     settings: list
     notices: list
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    confirm: ConfirmConfig | None = None
+    left_out: frozenset = frozenset()
 
     @classmethod
     def load(cls, path, overrides=None):
@@ -103,12 +183,12 @@ class Sweep:
         ----------
         path : path-like
         overrides : dict, optional
-            Dotted keys to values: ``base.train.max_steps``, ``sweep.seeds``.
+            Dotted keys to values: ``base.train.max_steps``, ``sweep.seeds``, ``prune.keep``.
 
         Raises
         ------
         InputError
-            For an unknown key, a value out of its range, an empty grid, or what this version cannot do.
+            For an unknown key, a value out of its range, an empty grid, or a space with too few settings.
         FileNotFoundError
             When the file or its base is missing.
         """
@@ -117,19 +197,20 @@ class Sweep:
         for key in nested:
             if key in configs.SECTIONS and not {"sweep", "base", "space"} & set(nested):
                 raise InputError(f"{path} describes a run, not a sweep; train it with: cllm train {path}")
-            if key not in ("sweep", "base", "space", "prune", "confirm"):
-                hint = nearest(key, ("sweep", "base", "space"))
-                raise InputError(f"{path}: unknown key {key}{hint}; a sweep has sweep, base, space")
+            if key not in PARTS:
+                hint = nearest(key, PARTS)
+                raise InputError(f"{path}: unknown key {key}{hint}; a sweep has {', '.join(PARTS)}")
         for key, value in nested.items():
             if key != "space" and not isinstance(value, dict):
                 raise InputError(f"{path}: {key} is {value!r}, it must be a section: [{key}]")
         base, changes = dict(nested.get("base", {})), dict(nested.get("sweep", {}))
+        prune, confirm = dict(nested.get("prune", {})), dict(nested.get("confirm", {}))
         from_file = configs.flatten(base)
         for key, value in (overrides or {}).items():
             kind, _, rest = key.partition(".")
             section, dot, name = rest.partition(".")
-            if kind == "sweep" and rest:
-                changes[rest] = value
+            if kind in ("sweep", "prune", "confirm") and rest:
+                {"sweep": changes, "prune": prune, "confirm": confirm}[kind][rest] = value
             elif kind == "base" and dot:
                 base[section] = {**base.get(section, {}), name: value}
             else:
@@ -150,31 +231,49 @@ class Sweep:
                         raise InputError(f"{where}{section} is {values!r}, it must be a section")
             for section, values in base.items():
                 sections[section] = {**sections.get(section, {}), **values}
-            _refuse_what_comes_later(nested, changes)
-            fields = SweepConfig.__dataclass_fields__
-            for key in changes:
-                if key not in fields:
-                    known = ("base", *fields)
-                    hint = f"{nearest(key, known)}; [sweep] has {', '.join(known)}"
-                    raise InputError(f"unknown key sweep.{key}{hint}")
-            sweep = cls(SweepConfig(**changes), sections, space, spaces.settings(space), [])
+            config = _section(SweepConfig, "sweep", changes, ("base",))
+            pruning = _section(PruneConfig, "prune", prune)
+            confirming = None
+            if confirm or "confirm" in nested:
+                confirming = _section(ConfirmConfig, "confirm", confirm)
+            blocks = spaces.blocks(space, config.method == "grid")
+            settings = _chosen(config, blocks)
+            sweep = cls(config, sections, space, settings, [], pruning, confirming)
             sweep._check()
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         return sweep
 
+    @cached_property
+    def blocks(self):
+        """The [[space]] blocks as `space.Block`."""
+        return spaces.blocks(self.space, self.config.method == "grid")
+
+    @property
+    def numbers(self):
+        """The numbers of the settings that this sweep runs, ascending."""
+        return [number for number in range(len(self.settings)) if number not in self.left_out]
+
+    @property
+    def confirm_seeds(self):
+        """The fresh seeds of [confirm], ascending; none without it."""
+        return () if self.confirm is None else tuple(sorted(self.confirm.seeds))
+
+    def trial(self, setting, seed):
+        """The trial of a setting's number with a seed."""
+        return Trial(setting, seed, self.settings[setting])
+
     def trials(self):
-        """All trials, by setting and seed."""
-        return [
-            Trial(index, seed, setting)
-            for index, setting in enumerate(self.settings)
-            for seed in sorted(self.config.seeds)
-        ]
+        """The search's trials, by setting and seed; [confirm]'s are known when these have ended."""
+        return [self.trial(number, seed) for number in self.numbers for seed in sorted(self.config.seeds)]
+
+    @cached_property
+    def _varied(self):
+        return spaces.varied(self.blocks)
 
     def varied(self):
         """The keys in which settings differ, in the order of the space."""
-        keys = dict.fromkeys(key for setting in self.settings for key in setting)
-        return [key for key in keys if any(s.get(key) != self.settings[0].get(key) for s in self.settings)]
+        return self._varied
 
     def describe(self, setting):
         """A setting in words, by its varied keys: "optim.lr = 0.003, model.n_layer = 4"."""
@@ -191,25 +290,84 @@ class Sweep:
 
     def resolved(self):
         """The whole sweep as a nested dict, without a base file; what sweep.toml holds."""
-        sweep = {name: getattr(self.config, name) for name in SweepConfig.__dataclass_fields__}
-        return {"sweep": sweep, "base": self.base, "space": self.space}
+        parts = {"sweep": self.config, "prune": self.prune, "confirm": self.confirm}
+        nested = {
+            name: {key: value for key, value in asdict(part).items() if value is not None}
+            for name, part in parts.items()
+            if part is not None
+        }
+        return {"sweep": nested.pop("sweep"), "base": self.base, "space": self.space, **nested}
 
     def _check(self):
-        """Each setting's configuration, once; the first fault is reported."""
+        """Each setting's configuration, once, and the ends of each range; the first fault is reported."""
+        shared = set(self.config.seeds) & set(self.confirm_seeds)
+        if shared:
+            raise InputError(
+                f"confirm.seeds has {min(shared)}, which sweep.seeds has too: a setting is confirmed by "
+                "seeds that did not choose it"
+            )
+        if self.config.at == "best":
+            self.notices.append(
+                'sweep.at = "best" takes the best of a trial\'s evaluations: the more often it evaluates, '
+                'the better that looks by chance alone; "last" does not flatter'
+            )
         faults = []
         for index, setting in enumerate(self.settings):
-            notices = _merged(self.base, setting)[1]
-            try:
-                made = self.trial_config(Trial(index, self.config.seeds[0], setting))
-                notices += configs.notes(made)
-                self._check_objective(made)
-            except InputError as error:
+            if error := self.fault(setting, self.notices):
                 faults.append((index, error))
-            self.notices.extend(notice for notice in notices if notice not in self.notices)
         if faults:
             index, error = faults[0]
             shared = len(faults) == len(self.settings)  # then it is not this setting's own
             raise InputError(str(error) if shared else f"setting {index} ({self.describe(index)}): {error}")
+        self._check_ranges()
+
+    def fault(self, setting, notices=None):
+        """Why a setting cannot be trained, an InputError; None when it can. Adds to a list of notices."""
+        found = _merged(self.base, setting)[1]
+        error = None
+        try:
+            made = self.trial_config(Trial(0, self.config.seeds[0], setting))
+            found += configs.notes(made)
+            self._check_objective(made)
+            self._check_rungs(made)
+        except InputError as fault:
+            error = fault
+        if notices is not None:
+            notices.extend(notice for notice in found if notice not in notices)
+        return error
+
+    def _check_ranges(self):
+        """Raise when an end of a range is out of its key's range: a sample may or may not show that."""
+        ranges = [axis for block in self.blocks for axis in block.axes if isinstance(axis, spaces.Range)]
+        for axis in ranges:
+            (name,) = axis.names
+            whole = next(setting for setting in self.settings if name in setting)
+            for end in (axis.at(0.0), axis.at(math.nextafter(1.0, 0.0))):
+                try:
+                    self.trial_config(Trial(0, self.config.seeds[0], whole | end))
+                except InputError as error:
+                    if str(error).startswith(f"{name} "):  # else only this combination is at fault
+                        raise InputError(f"the range of {name}: {error}") from None
+
+    def _check_rungs(self, config):
+        """Raise when trials cannot be compared at the steps of [prune]."""
+        if not self.prune.rungs:
+            return
+        if config.task.run is not None:
+            raise InputError("[prune] pauses trials, and task.run is a loop of its own: leave out one")
+        train = config.train
+        for step in self.prune.rungs:
+            if step >= train.max_steps:
+                raise InputError(
+                    f"prune.steps has {step}, it must be below train.max_steps ({train.max_steps})"
+                )
+            if not self.config.objective.startswith("train.") and (
+                not train.eval_interval or step % train.eval_interval
+            ):
+                raise InputError(
+                    f"prune.steps has {step}, but {self.config.objective} is recorded every "
+                    f"train.eval_interval = {train.eval_interval} steps only: choose multiples of it"
+                )
 
     def _check_objective(self, config):
         """Raise when a language model's records will not have the objective; a task's are not known yet."""
@@ -222,14 +380,51 @@ class Sweep:
             raise InputError(f"sweep.objective is {given}, it must be one of {', '.join(known)}")
 
 
-def _refuse_what_comes_later(nested, sweep):
-    """Parts of a sweep's file that have a meaning, but not in this version."""
-    if sweep.get("method") in ("random", "qmc", "tpe") or "trials" in sweep:
-        raise InputError('only sweep.method = "grid" is supported so far, which takes no sweep.trials')
-    if nested.get("prune", {}).get("method", "none") != "none":
-        raise InputError('pruning is not supported so far: [prune] method must be "none"')
-    if "confirm" in nested:
-        raise InputError("[confirm] is not supported so far: leave it out, or list more seeds in [sweep]")
+def numbered(sweep, earlier):
+    """The sweep with the numbers that its settings had in earlier calls; new ones come after those.
+
+    Parameters
+    ----------
+    sweep : Sweep
+    earlier : list of dict
+        The settings by number, as settings.json has them.
+
+    Returns
+    -------
+    Sweep
+        Earlier settings that the sweep has no more keep their numbers, and are `left_out`. With method "tpe"
+        the earlier ones count as its own proposals where they lie in its space, up to sweep.trials.
+    """
+    there = {spaces.key(setting): number for number, setting in enumerate(earlier)}
+    if sweep.config.method == "tpe":
+        kept = [n for n, setting in enumerate(earlier) if any(setting in block for block in sweep.blocks)]
+        kept = kept[: sweep.config.trials]
+    else:
+        kept = [there[spaces.key(setting)] for setting in sweep.settings if spaces.key(setting) in there]
+    new = [setting for setting in sweep.settings if spaces.key(setting) not in there]
+    if sweep.config.method == "tpe":
+        new = new[: sweep.config.trials - len(kept)]
+    left_out = frozenset(range(len(earlier))) - frozenset(kept)
+    return replace(sweep, settings=[*earlier, *new], left_out=left_out)
+
+
+def _chosen(config, blocks):
+    """The settings that are known before the first trial runs."""
+    if config.method == "grid":
+        return spaces.settings(blocks)
+    if config.method == "tpe":
+        return tpe.first(config, blocks)
+    return spaces.sampled(blocks, config.method, config.trials, config.sampler_seed)
+
+
+def _section(cls, section, values, others=()):
+    """[section] as its dataclass."""
+    known = (*others, *cls.__dataclass_fields__)
+    for key in values:
+        if key not in known:
+            hint = f"{nearest(key, known)}; [{section}] has {', '.join(known)}"
+            raise InputError(f"unknown key {section}.{key}{hint}")
+    return cls(**values)
 
 
 def _merged(base, setting):
@@ -258,8 +453,23 @@ def _merged(base, setting):
     return nested, sorted(notices)
 
 
-def _is_seed(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_whole(value, least):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-# Running ---------------------------------------------------------------------------------------------
+def _check_whole(name, value, least):
+    if not _is_whole(value, least):
+        raise InputError(f"{name} is {value!r}, it must be an integer of at least {least}")
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        words = " or ".join(f'"{word}"' for word in allowed)
+        raise InputError(f"{name} is {value!r}{nearest(value, allowed)}, it must be {words}")
+
+
+def _check_seeds(name, seeds):
+    if not isinstance(seeds, list) or not seeds or not all(_is_whole(seed, 0) for seed in seeds):
+        raise InputError(f"{name} is {seeds!r}, it must be a list of integers of at least 0")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"{name} is {seeds}, each seed must be there once")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from cllm import verdict
+from cllm.sweep import tpe
 from cllm.sweep.plan import Trial
 from cllm.sweep.results import Result
 
@@ -54,8 +55,23 @@ def stages(sweep, results, value_at):
     for cohort in cohorts:
         yield from _search(sweep, cohort, results, value_at)
     if sweep.confirm is not None:
-        chosen = sorted(_best(sweep, results, sweep.confirm.top))
-        yield from _jobs(sweep, chosen, sweep.confirm_seeds, None, results)
+        yield from _jobs(sweep, _best(sweep, results), sweep.confirm_seeds, None, results)
+
+
+def _rounds(sweep, results):
+    """The settings of each round of method "tpe", which are proposed when the round before has ended."""
+    for begin, end in tpe.rounds(sweep.config, len(sweep.blocks)):
+        if len(sweep.numbers) < end:
+            sweep.settings.extend(tpe.propose(sweep, begin, end, results))
+        yield sweep.numbers[begin:end]
+
+
+def _best(sweep, results):
+    """The settings that are confirmed: the first of the ranking that have finished with all seeds."""
+    trials = sweep.trials()
+    searched = {trial.name: results[trial.name] for trial in trials if trial.name in results}
+    ranked = [standing.setting for standing in verdict.ranking(sweep, searched) if standing.complete]
+    return sorted(ranked[: sweep.confirm.top])
 
 
 def _search(sweep, settings, results, value_at):
@@ -73,8 +89,8 @@ def _search(sweep, settings, results, value_at):
 def _jobs(sweep, settings, seeds, until, results):
     """One list, or none when it would be empty."""
     trials = [sweep.trial(setting, seed) for setting in settings for seed in sorted(seeds)]
-    states = {name: result.state for name, result in results.items()}
-    jobs = [Job(trial, until) for trial in trials if states.get(trial.name) != "failed"]
+    failed = {name for name, result in results.items() if result.state == "failed"}
+    jobs = [Job(trial, until) for trial in trials if trial.name not in failed]
     if jobs:
         yield jobs
 
