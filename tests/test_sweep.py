@@ -1,7 +1,6 @@
 """Sweeps: the file, what workers do and survive, the table, the verdict."""
 
 import csv
-import fcntl
 import io
 import itertools
 import json
@@ -19,6 +18,7 @@ import pytest
 
 from cllm import config, records, sweep, train, verdict, watch
 from cllm.errors import InputError
+from cllm.files import Lock
 from cllm.progress import Silent
 from cllm.sweep.results import read
 
@@ -55,6 +55,13 @@ class Quiet:
 
     def start(self, sweep, directory, results, n_workers):
         self.n_workers, self.ended_results, self.steps = n_workers, [], []
+        self.lists, self.notes = [], []
+
+    def stage(self, orders, left):
+        self.lists.append([(order.trial.name, order.until) for order in left])
+
+    def note(self, text):
+        self.notes.append(text)
 
     def step(self, trial, step, loss):
         self.steps.append((trial.name, step))
@@ -278,7 +285,7 @@ def test_a_sweep_runs_its_trials_and_writes_table_summary_and_copy(small, tmp_pa
     assert best["values"] == {"optim.lr": 1e-2} and best["n"] == 2
     assert best["mean"] == pytest.approx(np.mean(values))
     assert best["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(2))
-    assert summary["verdict"] in shown.text
+    assert verdict.wrap(summary["verdict"]) in shown.text
     assert sweep.Sweep.load(directory / "sweep.toml") == small
 
 
@@ -294,8 +301,8 @@ def test_at_and_goal_say_which_record_of_a_trial_counts(write, tmp_path, at, goa
     with records.Recorder(run_dir) as recorder:
         for step, loss in enumerate((3.0, 2.0, 2.5), 1):
             recorder.write({"step": step, "split": "val", "loss": loss})
-    records.write_summary(run_dir, {"state": "finished", "step": 3, "seconds": 1.0})
-    found = read(plan, trial, tmp_path / "out")
+    records.write_summary(run_dir, {"state": "finished", "step": 3, "seconds": 1.0, "isa": "avx2"})
+    found = read(plan.config, trial, run_dir)
     assert (found.state, found.value) == ("finished", expected)
 
 
@@ -327,10 +334,11 @@ def test_a_failing_trial_is_reported_and_the_others_go_on(write, tmp_path):
     assert "loss is" in rows[2]["error"] and rows[2]["val.loss"] == ""
     assert summary["trials"] == {"finished": 2, "failed": 2}
     assert "2 of 4 trials failed, first s001-seed0 with: " in summary["verdict"]
-    assert "optim.lr = 1e+30: 0/2 finished, ranked below complete settings." in summary["verdict"]
+    assert "optim.lr = 1e+30: 0/2 finished, ranked last" in summary["verdict"]
     shown = Quiet()
     sweep.run(plan, directory, workers=2, progress=shown)  # failed ones are tried again
     assert sorted(result.trial.name for result in shown.ended_results) == ["s001-seed0", "s001-seed1"]
+    assert shown.notes == ["tried again, as they failed: s001-seed0, s001-seed1"]
 
 
 def test_an_exception_in_a_trial_is_its_result_with_the_traceback_beside_it(small, tmp_path):
@@ -351,7 +359,7 @@ class Killer(Quiet):
         self.name = name
 
     def step(self, trial, step, loss):
-        if trial.name == self.name:
+        if trial.name == self.name and step > 0:
             self.name = None
             for child in children():
                 if trial.name in open_files(child):
@@ -411,14 +419,22 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_continues(write, tmp_path):
 def test_another_sweep_in_the_directory_is_refused_with_the_difference(small, write, tmp_path):
     directory = tmp_path / "out"
     sweep.run(small, directory, workers=2, progress=Quiet())
-    other = sweep.Sweep.load(write(), {"base.train.max_steps": 13})
-    with pytest.raises(InputError, match=r"another sweep: base\.train\.max_steps is 12 there and 13 here"):
-        sweep.run(other, directory, progress=Quiet())
-    other = sweep.Sweep.load(write(SPACE.replace("1e-2]", "1e-2, 0.1]")))
-    with pytest.raises(InputError, match=r"\[0\.001, 0\.01\] there and \[0\.001, 0\.01, 0\.1\] here"):
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    for key, was, value, words in (
+        ("train.max_steps", 12, 11, r" \(it can be raised only\)"), ("train.batch_size", 4, 5, ""),
+        ("data.val_fraction", "not set", 0.2, ""),
+    ):  # fmt: skip
+        other = sweep.Sweep.load(write(), {f"base.{key}": value})
+        with pytest.raises(InputError, match=rf"another sweep: base\.{key} is {was} there and {value} here{words};"):
+            sweep.run(other, directory, progress=Quiet())
+    other = sweep.Sweep.load(write(SPACE.replace("[1e-3, 1e-2]", "[0.1, 0.3]")))
+    with pytest.raises(InputError, match=r"optim\.lr, is \[0\.001, 0\.01\] there and \[0\.1, 0\.3\] here"):
         sweep.run(other, directory, progress=Quiet())
     with pytest.raises(InputError, match="holds a run"):
         sweep.run(small, directory / "trials" / "s000-seed0", progress=Quiet())
+    with pytest.raises(InputError, match=r"sweep\.toml was not written by a sweep"):
+        sweep.run(small, tmp_path, progress=Quiet())  # where the user's own sweep.toml is
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
 
 
 def test_trials_on_a_text_that_changed_meanwhile_are_refused(small, text_file, tmp_path):
@@ -435,11 +451,9 @@ def test_trials_on_a_text_that_changed_meanwhile_are_refused(small, text_file, t
 def test_two_processes_cannot_run_one_sweep(small, tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
-    descriptor = os.open(directory, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is running the sweep"):
+    with Lock(directory), pytest.raises(InputError, match="in use by process .*; wait for the end of that sweep"):
         sweep.run(small, directory, progress=Quiet())
-    os.close(descriptor)
+    assert list(directory.iterdir()) == []
 
 
 def test_data_that_cannot_be_used_leaves_nothing_behind(write, tmp_path):
@@ -565,5 +579,6 @@ def test_the_live_table_shows_running_trials_and_the_best_so_far(small, tmp_path
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(shown)
     text = console.export_text()
-    assert "4/4 trials" in text and "step 6/12" in text and "loss 2.500" in text
-    assert "best so far: optim.lr = 0.01" in text
+    assert "4/4 trials" in text and "best so far: optim.lr = 0.01, val.loss 3." in text
+    assert re.search(r"s000-seed0 +running +6/12 .* 2\.500 .* optim\.lr = 0\.001", text)
+    assert len(re.findall(r"s00\d-seed\d +finished +12 ", text)) == 4
