@@ -280,6 +280,10 @@ def _parser():
     sub.add_argument("file", metavar="SWEEP.toml", help="a sweep's configuration")
     sub.add_argument("--run.dir", dest="directory", metavar="DIR", help="the sweep's directory")
     sub.add_argument("--workers", type=_whole(1), metavar="N", help="trials at once (cores // threads)")
+    sub.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="run the trials on a Dask cluster")
+    sub.add_argument(
+        "--same-isa", action="store_true", help="there, only on workers of one instruction set (any, marked)"
+    )
     sub.add_argument("--dry-run", action="store_true", help="list the trials and train nothing")
 
     sub = command(
@@ -481,7 +485,9 @@ def _sweep(options):
             print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
         return 0
     try:
-        summary = sweep.run(plan, directory, workers=options.workers)
+        summary = sweep.run(
+            plan, directory, workers=options.workers, scheduler=options.scheduler, same_isa=options.same_isa
+        )
     except KeyboardInterrupt:
         return _complain("interrupted; the same command again continues the sweep", 130)
     return 0 if summary["trials"]["finished"] else 1

@@ -9,16 +9,15 @@ from contextlib import contextmanager, suppress
 from multiprocessing import connection, resource_tracker
 from time import monotonic
 
-from cllm.errors import InputError, plain_notes
-from cllm.lifecycle import TERMINATED
+from cllm.errors import plain_notes
 from cllm.sweep.results import Result
-from cllm.sweep.worker import note_error, perform
+from cllm.sweep.worker import died, perform
 
 __all__ = ["Processes"]
 
 REPORT_INTERVAL = 0.2  # seconds between two reports of a worker about its trial
 STOP_SECONDS = 15.0  # what a worker has to finish its step and write a checkpoint after Ctrl-C
-FALSE_STARTS = 3  # workers in a row that end before they take a trial, after which something is wrong
+FALSE_STARTS = 3  # workers in a row that may end before they have taken a trial: then the trial has failed
 
 
 class Processes:
@@ -79,19 +78,10 @@ class Processes:
         """The result of a trial whose process ended without giving one; None if it had not begun with it."""
         worker.pipe.close()
         worker.process.join()
-        code = worker.process.exitcode
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
-        if not worker.began:
+        if not worker.began and self.false_starts < FALSE_STARTS:
             self.false_starts += 1
-            if self.false_starts < FALSE_STARTS:
-                return None
-            raise InputError(f"workers end before they begin: {how}, {FALSE_STARTS} times in a row")
-        hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
-        error = f"worker died: {how}{hint}"
-        if code in (TERMINATED, -signal.SIGTERM):
-            error = "stopped by SIGTERM; the same command goes on with it"
-        note_error(worker.order.run_dir, error + "\n")
-        return Result(worker.order.trial, "failed", error=error)
+            return None
+        return died(worker.order, worker.process.exitcode)
 
     def __enter__(self):
         return self

@@ -75,11 +75,11 @@ def run(sweep, directory, workers=None, progress=None, scheduler=None, same_isa=
         raise InputError("same_isa is about a scheduler's workers, and there is no scheduler")
     folder.refuse_other_use(directory)
 
-    def engine():
+    def engine(isas):
         if scheduler is not None:
             from cllm.sweep.cluster import Cluster
 
-            return Cluster(scheduler, directory, same_isa)
+            return Cluster(scheduler, directory, sweep.config.threads, same_isa, isas)
         limit = workers or max(1, kernels.get_num_threads() // sweep.config.threads)
         return Processes(limit, sweep.config.threads)
 
@@ -122,7 +122,7 @@ class _Course:
     sweep : Sweep
     directory : Path
     engine : callable
-        Gives an engine, such as `engine.Processes`, when there is something to train.
+        Given the instruction sets of the trials so far, gives an engine, such as `engine.Processes`.
     shown : object
         See `cllm.watch`.
     """
@@ -193,7 +193,8 @@ class _Course:
         if self._prepare(left) or first:
             self._check_unchanged()
         if first:
-            engine = self.stack.enter_context(self.make_engine())
+            isas = [result.isa for result in self.results.values() if result.isa]
+            engine = self.stack.enter_context(self.make_engine(isas))
             clear_temporary(self.directory)
         folder.write_settings(self.sweep, self.directory)
         if first:

@@ -1,6 +1,7 @@
 """What a worker does with a trial, wherever it runs: train it or go on with it, say what became of it."""
 
 import json
+import signal
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,11 +12,12 @@ from cllm import config as configs
 from cllm import kernels, saved, train, userfile
 from cllm.errors import InputError
 from cllm.files import Lock, write_atomic
+from cllm.lifecycle import TERMINATED
 from cllm.progress import Silent
 from cllm.sweep.plan import SweepConfig, Trial
 from cllm.sweep.results import TEST, Result, read, tested, trained
 
-__all__ = ["ERROR", "Order", "note_error", "perform", "wait_until_free"]
+__all__ = ["ERROR", "Order", "died", "note_error", "perform", "wait_until_free"]
 
 ERROR = "error.txt"  # in a trial that failed: the traceback, or how its worker died
 LOCK_SECONDS = 60.0  # what a trial's former process has to let go of it: its worker was lost a moment ago
@@ -97,6 +99,17 @@ def perform(order, tell, interval):
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         seconds = monotonic() - began
         return Result(order.trial, "failed", report.done, None, f"{kind}{error}", seconds, kernels.isa)
+
+
+def died(order, code):
+    """The result of a trial whose process ended with an exit code, without giving one."""
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
+    hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
+    error = f"worker died: {how}{hint}"
+    if code in (TERMINATED, -signal.SIGTERM):
+        error = "stopped by SIGTERM; the same command goes on with it"
+    note_error(order.run_dir, error + "\n")
+    return Result(order.trial, "failed", error=error)
 
 
 def note_error(run_dir, text):
