@@ -45,7 +45,7 @@ def build(config, p=53, train_share=0.5, norms=True):
 
 
 class OneLayer(nn.Module):
-    """Attention, then a feed-forward layer, each added to what it read; no norms, and an output of its own."""
+    """Attention, then a feed-forward layer, each added to what it read; no norms; untied."""
 
     def __init__(self, config):
         super().__init__()

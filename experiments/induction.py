@@ -1,8 +1,8 @@
 """Repeated sequences of random tokens, which only attention that copies can foresee: induction heads.
 
-A sequence of n random tokens comes twice. In the first half every next token is a guess; in the second, a head
-that finds the place where the present token stood before, and copies what followed, knows it. That takes two
-layers: one that tells each place what stood before it, and one that looks for it (Olsson et al. 2022).
+A sequence of random tokens comes twice. In the first half every next token is a guess; in the second, a head
+that finds the place where the present token stood before, and copies what followed, knows it. That takes
+two layers: one that tells each place what stood before it, and one that looks for it (Olsson et al. 2022).
     cllm sweep experiments/induction.toml
 """
 
@@ -13,7 +13,7 @@ from cllm import nn
 
 
 def build(config, n_tokens=32, length=24, n_layer=2):
-    """The task: attention only, without feed-forward layers and norms; the second half of a sequence counts."""
+    """The task: attention without feed-forward layers and norms; the second half of a sequence counts."""
     shape = cllm.GPTConfig(**{**vars(config.model), "vocab_size": n_tokens, "block_size": 2 * length})
     return cllm.Task(
         model=AttentionOnly(shape, n_layer),

@@ -300,10 +300,10 @@ class Sweep:
 
     def _check(self):
         """Each setting's configuration, once, and the ends of each range; the first fault is reported."""
-        shared = set(self.config.seeds) & set(self.confirm_seeds)
-        if shared:
+        both = set(self.config.seeds) & set(self.confirm_seeds)
+        if both:
             raise InputError(
-                f"confirm.seeds has {min(shared)}, which sweep.seeds has too: a setting is confirmed by "
+                f"confirm.seeds has {min(both)}, which sweep.seeds has too: a setting is confirmed by "
                 "seeds that did not choose it"
             )
         if self.config.at == "best":
@@ -311,6 +311,7 @@ class Sweep:
                 'sweep.at = "best" takes the best of a trial\'s evaluations: the more often it evaluates, '
                 'the better that looks by chance alone; "last" does not flatter'
             )
+        self._check_ranges()
         faults = []
         for index, setting in enumerate(self.settings):
             if error := self.fault(setting, self.notices):
@@ -319,7 +320,6 @@ class Sweep:
             index, error = faults[0]
             shared = len(faults) == len(self.settings)  # then it is not this setting's own
             raise InputError(str(error) if shared else f"setting {index} ({self.describe(index)}): {error}")
-        self._check_ranges()
 
     def fault(self, setting, notices=None):
         """Why a setting cannot be trained, an InputError; None when it can. Adds to a list of notices."""
@@ -338,16 +338,17 @@ class Sweep:
 
     def _check_ranges(self):
         """Raise when an end of a range is out of its key's range: a sample may or may not show that."""
-        ranges = [axis for block in self.blocks for axis in block.axes if isinstance(axis, spaces.Range)]
-        for axis in ranges:
-            (name,) = axis.names
-            whole = next(setting for setting in self.settings if name in setting)
-            for end in (axis.at(0.0), axis.at(math.nextafter(1.0, 0.0))):
-                try:
-                    self.trial_config(Trial(0, self.config.seeds[0], whole | end))
-                except InputError as error:
-                    if str(error).startswith(f"{name} "):  # else only this combination is at fault
-                        raise InputError(f"the range of {name}: {error}") from None
+        for block in self.blocks:
+            middle = block.at([0.5] * len(block.free))
+            for axis in block.axes:
+                if not isinstance(axis, spaces.Range):
+                    continue
+                for u in (0.0, math.nextafter(1.0, 0.0)):
+                    try:
+                        self.trial_config(Trial(0, self.config.seeds[0], middle | axis.at(u)))
+                    except InputError as error:
+                        if str(error).startswith(f"{axis.names[0]} "):  # else the combination is at fault
+                            raise InputError(f"a range reaches too far: {error}") from None
 
     def _check_rungs(self, config):
         """Raise when trials cannot be compared at the steps of [prune]."""

@@ -68,9 +68,7 @@ def _rounds(sweep, results):
 
 def _best(sweep, results):
     """The settings that are confirmed: the first of the ranking that have finished with all seeds."""
-    trials = sweep.trials()
-    searched = {trial.name: results[trial.name] for trial in trials if trial.name in results}
-    ranked = [standing.setting for standing in verdict.ranking(sweep, searched) if standing.complete]
+    ranked = [standing.setting for standing in verdict.ranking(sweep, results) if standing.complete]
     return sorted(ranked[: sweep.confirm.top])
 
 

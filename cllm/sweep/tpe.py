@@ -7,6 +7,7 @@ sampler's seed, the block, the round's place and what the rounds before have rea
 
 import statistics
 from importlib.util import find_spec
+from itertools import chain, count
 
 from cllm.errors import InputError
 from cllm.sweep import space as spaces
@@ -109,13 +110,18 @@ class _Sampler:
 
     def ask(self, known):
         """A setting that is not known yet, and whose configuration can be."""
-        for _ in range(REFUSED):
-            params = self.study.ask(self.distributions).params
-            setting = self.block.filled(axis.of(params[_name(axis)]) for axis in self.block.free)
-            if spaces.key(setting) not in known and self.sweep.fault(setting) is None:
+        sweep, refused = self.sweep, set(known)
+        proposals = (self._proposal() for _ in range(REFUSED))
+        stream = spaces.stream(self.block, self.place, "qmc", sweep.config.sampler_seed)
+        new = (spaces.next_new(stream, refused, sweep.blocks, self.place, sweep.config.trials) for _ in count())
+        for setting in chain(proposals, new):
+            if spaces.key(setting) not in refused and sweep.fault(setting) is None:
                 return setting
-        stream = spaces.stream(self.block, self.place, "qmc", self.sweep.config.sampler_seed)
-        return spaces.next_new(stream, known, self.sweep.blocks, self.place, self.sweep.config.trials)
+            refused.add(spaces.key(setting))
+
+    def _proposal(self):
+        params = self.study.ask(self.distributions).params
+        return self.block.filled(axis.of(params[_name(axis)]) for axis in self.block.free)
 
 
 def _name(axis):

@@ -278,7 +278,7 @@ def _failures(sweep, found, results):
     failed = [result for result in results.values() if result.state == "failed"]
     if not failed:
         return []
-    first = f"{failed[0].trial.name} with: {failed[0].error}"
+    first = f"{failed[0].trial.name} with: {' '.join(failed[0].error.split())}"
     lines = [f"{len(failed)} of {len(results)} trials failed, first {first}"]
     for seeds, entries in (("", found["settings"]), (" fresh seeds", found["confirmed"] or ())):
         lost = [entry for entry in entries if entry["state"] in ("failed", "pruned") and _has_lost(entry)]
