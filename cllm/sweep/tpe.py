@@ -7,7 +7,7 @@ sampler's seed, the block, the round's place and what the rounds before have rea
 
 import statistics
 from importlib.util import find_spec
-from itertools import chain, count
+from itertools import chain
 
 from cllm.errors import InputError
 from cllm.sweep import space as spaces
@@ -110,18 +110,22 @@ class _Sampler:
 
     def ask(self, known):
         """A setting that is not known yet, and whose configuration can be."""
-        sweep, refused = self.sweep, set(known)
-        proposals = (self._proposal() for _ in range(REFUSED))
-        stream = spaces.stream(self.block, self.place, "qmc", sweep.config.sampler_seed)
-        new = (spaces.next_new(stream, refused, sweep.blocks, self.place, sweep.config.trials) for _ in count())
-        for setting in chain(proposals, new):
-            if spaces.key(setting) not in refused and sweep.fault(setting) is None:
+        refused = set(known)
+        for setting in chain((self._proposal() for _ in range(REFUSED)), self._covering(refused)):
+            if spaces.key(setting) not in refused and self.sweep.fault(setting) is None:
                 return setting
             refused.add(spaces.key(setting))
 
     def _proposal(self):
         params = self.study.ask(self.distributions).params
         return self.block.filled(axis.of(params[_name(axis)]) for axis in self.block.free)
+
+    def _covering(self, known):
+        """New settings of the sequence that the first round began with."""
+        trials = self.sweep.config.trials
+        stream = spaces.stream(self.block, self.place, "qmc", self.sweep.config.sampler_seed)
+        while True:
+            yield spaces.next_new(stream, known, self.sweep.blocks, self.place, trials)
 
 
 def _name(axis):
