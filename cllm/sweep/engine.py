@@ -113,6 +113,7 @@ class _Worker:
     """A process that trains one trial after another; `order` is the present one, or None."""
 
     def __init__(self, threads):
+        self.order, self.began = None, False
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=_work, args=(other_end,), daemon=True)
