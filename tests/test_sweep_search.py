@@ -195,6 +195,8 @@ def test_random_settings_are_independent_and_follow_from_the_seed():
     assert np.abs(found.mean(0) - 0.5).max() < 0.033 and abs(np.corrcoef(found.T)[0, 1]) < 0.11
     assert sampled(ranges, "random", 5, seed=1) == sampled(ranges, "random", 5, seed=1)
     assert sampled(ranges, "random", 5, seed=1) != sampled(ranges, "random", 5, seed=2)
+    one, other = sampled([{"task.c": c, **ranges[0]} for c in (0, 1)], "random", 2)
+    assert one["task.a"] != other["task.a"]  # each block has points of its own
 
 
 def test_keys_that_move_together_are_sampled_together(load):
