@@ -1,7 +1,8 @@
 """Named arrays in a file of the safetensors format: eight bytes, the length of a JSON header; that; the data.
 
 Written and hashed in one pass. On reading, each size that the header claims is checked against the file's
-own before anything is allocated for it. https://huggingface.co/docs/safetensors has the format.
+own before anything is allocated for it. https://huggingface.co/docs/safetensors has the format; here BF16
+and float8, which NumPy lacks, are refused.
 """
 
 import hashlib
@@ -18,7 +19,8 @@ from cllm.errors import InputError
 
 __all__ = ["MAX_HEADER", "check_name", "header", "read", "write"]
 
-MAX_HEADER = 100_000_000  # bytes; the safetensors library reads no longer ones
+# Bytes, which are 10 000 arrays. JSON made for it becomes objects of 33 times its length in memory.
+MAX_HEADER = 1 << 20
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "C64": "<c8", "I64": "<i8", "I32": "<i4", "I16": "<i2",
     "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
@@ -56,7 +58,7 @@ def write(path, arrays):
     Raises
     ------
     InputError
-        For a name or dtype that the format lacks; nothing has been written then.
+        For a name or dtype that the format lacks, or too many arrays; nothing has been written then.
     OSError
         Names the file.
     """
@@ -76,6 +78,10 @@ def write(path, arrays):
         data.append(array.reshape(-1).view(np.uint8))
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise InputError(
+            f"{len(found)} arrays need a header of {len(text)} bytes, it has at most {MAX_HEADER}"
+        )
     return files.create(path, [len(text).to_bytes(8, "little"), text, *data])
 
 
@@ -98,7 +104,9 @@ def header(path):
 
 
 def read(path):
-    """All arrays of a file, and its hash. Beside them no more is allocated than the header needs.
+    """All arrays of a file, and its hash.
+
+    No more memory is allocated than the arrays' bytes, which are the file's, and what the header takes.
 
     Returns
     -------
@@ -144,7 +152,8 @@ def _entries(file, path):
     _fill(file, memoryview(head), path)
     length = int.from_bytes(head, "little")
     if length > min(size - 8, MAX_HEADER):
-        raise InputError(f"{path} is damaged: a header of {length} bytes does not fit its {size} bytes")
+        most = f"at most {MAX_HEADER}" if length <= size - 8 else f"the file has {size}"
+        raise InputError(f"{path} is damaged: its header would have {length} bytes, {most}")
     head += bytes(length)
     _fill(file, memoryview(head)[8:], path)
     try:
@@ -171,8 +180,10 @@ def _entry(item):
     name, entry = item
     check_name(name)
     dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if len(entry) != 3 or len(offsets) != 2 or len(shape) > 32:
+    if not (type(shape) is type(offsets) is list and len(entry) == 3 and len(offsets) == 2):
         raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets")
+    if len(shape) > 64:
+        raise ValueError(f"{name!r} has {len(shape)} dimensions, NumPy's arrays have up to 64")
     if any(type(n) is not int or n < 0 or n >= 2**63 for n in (*shape, *offsets)):
         raise ValueError(f"{name!r} has a size that is not a whole number of at least 0")
     if prod(n for n in shape if n) * dtype.itemsize >= 2**63:  # NumPy refuses it even beside a 0

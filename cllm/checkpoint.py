@@ -2,14 +2,15 @@
 
 ``RUN/checkpoints/step-00000600/`` has model.safetensors, optimizer.safetensors and state.json, which holds
 the SHA-256 of each part. It is written as a hidden folder, forced to the disk, and then renamed.
-No part has a timestamp, so equal runs have equal arrays in equal files.
+No part has a timestamp, so equal runs have equal arrays in equal files. `cllm.guard` keeps steps that went
+wrong in the same way, as other parts in another folder: `write` and `read` are for both.
 """
 
 import hashlib
 import json
 import re
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cllm import arrays as array_files
@@ -17,8 +18,8 @@ from cllm import files
 from cllm.errors import InputError
 
 __all__ = [
-    "best", "clear", "entry", "listed", "load", "load_newest", "newest", "prune", "save", "step_of", "tidy",
-    "verify",
+    "best", "clear", "entry", "folders", "listed", "load", "load_newest", "newest", "prune", "read", "remove",
+    "save", "step_of", "tidy", "verify", "write",
 ]  # fmt: skip
 
 ARRAY_FILES = ("model.safetensors", "optimizer.safetensors")
@@ -51,33 +52,32 @@ def save(run_dir, step, model_arrays, optimizer_arrays, state):
         When it cannot be written: names the file. Other checkpoints are as they were, one of the same step
         too, and nothing is left that a later `save` would meet.
     """
-    state_sha256 = _state_sha256(step, state)  # first of all, as it refuses what is not JSON
-    run_dir = Path(run_dir)
-    folder = _folder(run_dir)
-    new = not folder.exists()
+    return write(_folder(run_dir), step, dict(zip(ARRAY_FILES, (model_arrays, optimizer_arrays))), state)
+
+
+def write(folder, step, parts, state):
+    """As `save`, for parts and a folder of any name: `parts` is a dict of file names to dicts of arrays."""
+    _sha256(step, state, {})  # first of all, as it refuses what is not JSON
+    folder = Path(folder)
     files.make_folder(folder)
-    tidy(run_dir)
+    files.fsync(folder.parent)  # each time, as it may have failed when the folder was made
+    _tidy(folder)
     final = folder / f"step-{step:08d}"
     temporary, old = folder / f".{final.name}.tmp", folder / f".{final.name}-old.tmp"
     try:
         files.make_folder(temporary)
-        hashes = {
-            name: array_files.write(temporary / name, arrays)
-            for name, arrays in zip(ARRAY_FILES, (model_arrays, optimizer_arrays))
-        }
-        text = _text({"step": step, "state": state, "sha256": {**hashes, "state": state_sha256}})
-        files.create(temporary / "state.json", [text])
+        hashes = {name: array_files.write(temporary / name, arrays) for name, arrays in parts.items()}
+        hashes["state"] = _sha256(step, state, hashes)
+        files.create(temporary / "state.json", [_text({"step": step, "state": state, "sha256": hashes})])
         files.fsync(temporary)
         if final.exists():
             files.rename(final, old)
         files.rename(temporary, final)
     except BaseException:
-        tidy(run_dir)
+        _tidy(folder)
         raise
     files.fsync(folder)
-    if new:
-        files.fsync(run_dir)
-    tidy(run_dir)
+    _tidy(folder)
     return final
 
 
@@ -98,29 +98,35 @@ def load(path):
     FileNotFoundError
         When there is no such checkpoint.
     """
+    (model_arrays, optimizer_arrays), state = read(path, ARRAY_FILES)
+    return model_arrays, optimizer_arrays, state
+
+
+def read(path, names):
+    """As `load`, for parts of these names: a list of their dicts of arrays, and the state."""
     path = Path(path)
-    found = entry(path)
+    found = entry(path, names)
     loaded = []
-    for name in ARRAY_FILES:
-        try:
+    for name in names:
+        with _whole(path / name):
             arrays, sha256 = array_files.read(path / name)
-        except FileNotFoundError:
-            raise InputError(f"{path / name} is missing") from None
-        if sha256 != found["sha256"][name]:
-            raise InputError(f"{path / name} is damaged: its SHA-256 is not the one in state.json")
+        _check(path / name, sha256, found)
         loaded.append(arrays)
-    return *loaded, {**found["state"], "step": found["step"]}
+    return loaded, {**found["state"], "step": found["step"]}
 
 
-def newest(run_dir):
+def newest(run_dir, only_planned=False):
     """The newest complete checkpoint's folder, or None.
+
+    With `only_planned` it is one that the run would have if it had never been stopped: not one whose state
+    says ``"planned": false``.
 
     Warns
     -----
     UserWarning
         For each damaged one on the way: names it, and why it was passed over.
     """
-    return _first(run_dir, verify)
+    return _first(run_dir, verify, _is_planned if only_planned else None)
 
 
 def load_newest(run_dir, only_best=False):
@@ -140,24 +146,39 @@ def best(run_dir):
 
 
 def prune(run_dir, keep=2):
-    """Delete all checkpoints but the `keep` newest and the best one. OSError names one that stays."""
+    """Delete all but the `keep` newest checkpoints and the best one. OSError names one that stays.
+
+    One that is not planned, see `newest`, takes no other's place, and is kept while it is the newest.
+    """
     paths = listed(run_dir)
-    kept = set(paths[-keep:]) | set([path for path in paths if _is_best(path)][-1:])
+    kept = {*paths[-1:], *[path for path in paths if _is_planned(path)][-keep:]}
+    kept |= set([path for path in paths if _is_best(path)][-1:])
     for path in paths:
         if path not in kept:
-            _remove(path)
+            remove(path)
 
 
 def clear(run_dir):
     """Delete all checkpoints."""
     for path in listed(run_dir):
-        _remove(path)
+        remove(path)
+
+
+def remove(path):
+    """Delete a checkpoint so that a half-deleted one never passes for one. OSError names what stays."""
+    doomed = path.with_name(f".{path.name}-gone.tmp")
+    files.rename(path, doomed)
+    files.remove(doomed)
 
 
 def listed(run_dir):
     """The checkpoints' folders by step, complete or damaged; what is being written has another name."""
-    found = [path for path in _folder(run_dir).glob("step-*") if STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    return folders(_folder(run_dir))
+
+
+def folders(folder):
+    """What `write` has made in a folder, by step."""
+    return sorted((path for path in Path(folder).glob("step-*") if STEP.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path):
@@ -167,19 +188,11 @@ def step_of(path):
 
 def tidy(run_dir):
     """Clear away what a killed process left, as far as possible; nobody else may be writing."""
-    folder = _folder(run_dir)
-    for old in folder.glob(".step-*-old.tmp"):  # replaced, but the new one did not come to its place
-        final = old.with_name(old.name[1:].removesuffix("-old.tmp"))
-        if not final.exists():
-            with suppress(OSError):
-                files.rename(old, final)
-    for leftover in folder.glob(".step-*.tmp"):
-        with suppress(OSError):
-            files.remove(leftover)
+    _tidy(_folder(run_dir))
 
 
-def entry(path):
-    """A checkpoint's state.json, verified by itself: a dict of "step", "state", "sha256".
+def entry(path, names=ARRAY_FILES):
+    """A checkpoint's state.json, verified by itself: a dict of "step", "state", "sha256" of the named parts.
 
     Raises
     ------
@@ -192,16 +205,14 @@ def entry(path):
     if not path.is_dir():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     file = path / "state.json"
-    try:
+    with _whole(file):
         content = file.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
     try:
         found = json.loads(content)
         intact = (
             content == _text(found)  # every byte, not only what they mean
-            and found["sha256"].keys() == {*ARRAY_FILES, "state"}
-            and found["sha256"]["state"] == _state_sha256(found["step"], found["state"])
+            and found["sha256"].keys() == {*names, "state"}
+            and found["sha256"].pop("state") == _sha256(found["step"], found["state"], found["sha256"])
             and isinstance(found["state"], dict)
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -216,6 +227,16 @@ def entry(path):
 
 def _folder(run_dir):
     return Path(run_dir) / "checkpoints"
+
+
+def _tidy(folder):
+    for leftover in list(folder.glob(".step-*.tmp")):
+        final = leftover.with_name(leftover.name[1:].removesuffix("-old.tmp"))
+        with suppress(OSError):
+            if leftover.name.endswith("-old.tmp") and not final.exists():
+                files.rename(leftover, final)  # replaced, but the new one did not come to its place
+            else:
+                files.remove(leftover)
 
 
 def _first(run_dir, read, wanted=None):
@@ -240,37 +261,50 @@ def verify(path):
     """The path of a checkpoint, after all hashes agreed."""
     found = entry(path)
     for name in ARRAY_FILES:
-        try:
-            with open(path / name, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise InputError(f"{path / name} is missing") from None
-        if sha256 != found["sha256"][name]:
-            raise InputError(f"{path / name} is damaged: its SHA-256 is not the one in state.json")
+        with _whole(path / name), open(path / name, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        _check(path / name, sha256, found)
     return path
 
 
+@contextmanager
+def _whole(file):
+    """Let a part that is not there be damage: the checkpoint itself is."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+
+
+def _check(file, sha256, found):
+    if sha256 != found["sha256"][file.name]:
+        raise InputError(f"{file} is damaged: its SHA-256 is not the one in state.json")
+
+
 def _is_best(path):
+    state, step = _state(path)
+    best = state.get("best")
+    return isinstance(best, dict) and best.get("step") == step
+
+
+def _is_planned(path):
+    return _state(path)[0].get("planned", True)
+
+
+def _state(path):
+    """A checkpoint's state and step; of a damaged one nothing is known."""
     try:
         found = entry(path)
     except (InputError, OSError):
-        return False
-    best = found["state"].get("best")
-    return isinstance(best, dict) and best.get("step") == found["step"]
-
-
-def _remove(path):
-    """Delete a checkpoint so that a half-deleted one never passes for one."""
-    doomed = path.with_name(f".{path.name}-gone.tmp")
-    files.rename(path, doomed)
-    files.remove(doomed)
+        return {}, None
+    return found["state"], found["step"]
 
 
 def _text(entry):
     return (json.dumps(entry, indent=2) + "\n").encode()
 
 
-def _state_sha256(step, state):
+def _sha256(step, state, hashes):
     # Through JSON, so that what was written and what is read back hash alike (a tuple is a list there).
-    text = json.dumps([step, json.loads(json.dumps(state, allow_nan=False))], sort_keys=True)
+    text = json.dumps([step, json.loads(json.dumps(state, allow_nan=False)), hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -333,7 +333,7 @@ def _parser():
         "cllm replay runs/char",
     )
     sub.add_argument("directory", metavar="RUN", help="a run's directory")
-    sub.add_argument("--step", type=_whole(1), metavar="N", help="which one (the newest)")
+    sub.add_argument("--step", type=_whole(1), metavar="N", help="which one (the last)")
 
     sub = command(
         _inspect,
@@ -558,9 +558,9 @@ def _continued(model, tokenizer, prompt, max_new_tokens, **choice):
 
 
 def _inspect(options):
-    from cllm import inspect_run
+    from cllm import contents
 
-    lines, intact = inspect_run.lines(options.directory, options.checkpoint)
+    lines, intact = contents.lines(options.directory, options.checkpoint)
     print("\n".join(lines))
     return 0 if intact else 1
 

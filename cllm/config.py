@@ -16,6 +16,8 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from cllm import gpt, kernels, metrics, optim, schedules, task, userfile
 from cllm.data import DataConfig
 from cllm.errors import InputError, nearest
@@ -59,6 +61,9 @@ class TrainConfig:
         Of `cllm.metrics.BY_NAME`: what evaluations measure besides the loss.
     patience : int
         Evaluations in a row without a better loss after which the run ends early; 0: it does not.
+    prefetch : int
+        Batches that a thread of its own makes ahead; 0: each is made when it is needed. It pays for a dataset
+        of one's own whose batches take long to make without holding the GIL. Results do not depend on it.
     profile : bool
         Time the kernels in a few of the steps; the run ends with a table, which its summary holds too.
     """
@@ -75,6 +80,7 @@ class TrainConfig:
     threads: int = 0
     metrics: tuple[str, ...] = ()
     patience: int = 0
+    prefetch: int = 0
     profile: bool = False
 
     def __post_init__(self):
@@ -83,7 +89,7 @@ class TrainConfig:
             if value != "full" and value < 1:
                 raise InputError(f"{name} is {value}, it must be at least 1")
         intervals = ("eval_interval", "sample_interval", "checkpoint_interval")
-        for name in (*intervals, "max_minutes", "seed", "threads", "patience"):
+        for name in (*intervals, "max_minutes", "seed", "threads", "patience", "prefetch"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}, it must be 0 or more")
         if self.threads > kernels.MAX_THREADS:
@@ -394,13 +400,13 @@ def _hint_of_default(default):
 
 def notes(config):
     """What is allowed in a `Config`, but is seldom meant: sentences for the user."""
-    warmup, steps = config.schedule.warmup_steps, config.train.max_steps
-    if warmup is None or warmup <= steps:
+    name, warmup, steps = config.schedule.name, config.schedule.warmup_steps, config.train.max_steps
+    if warmup is None or warmup < steps or (warmup == steps and name in ("constant", "warmup")):
         return []
-    return [
-        f"schedule.warmup_steps is {warmup} and train.max_steps is {steps}: the learning rate only reaches "
-        f"{steps / warmup:.0%} of optim.lr"
-    ]
+    what = f"only reaches {steps / warmup:.0%} of optim.lr"
+    if warmup == steps:
+        what = "rises to the end, never to fall"
+    return [f"schedule.warmup_steps is {warmup} and train.max_steps is {steps}: the learning rate {what}"]
 
 
 def optimizer_arguments(name):
@@ -435,6 +441,10 @@ def takes_integers(key):
 def _typed(value, hint, key):
     """`value` as the annotation `hint` asks for; 2.0 passes as an int, 2 as a float, nothing as a bool."""
     options = _options(hint)
+    if isinstance(value, os.PathLike):  # from Python, as NumPy's numbers
+        value = os.fspath(value)
+    elif isinstance(value, np.generic):
+        value = value.item()
     for option in options:
         if _fits(value, option):
             return _converted(value, option)
@@ -501,8 +511,13 @@ def _named(option):
 
 
 def _shown(value):
-    """A value as TOML would write it."""
-    return "none" if value is None else _toml(value)
+    """A value as TOML would write it, where it could."""
+    if value is None:
+        return "none"
+    try:
+        return _toml(value)
+    except TypeError:
+        return " ".join(repr(value).split())
 
 
 # Writing ---------------------------------------------------------------------------------------------

@@ -582,7 +582,7 @@ def _metrics(splits_of):
 
 
 def _is_metric(name):
-    return name not in NOT_METRICS and not records.is_timing(name)
+    return name not in NOT_METRICS and not records.is_timing(name) and not records.is_inside(name)
 
 
 def _is_series(run, split, metric):

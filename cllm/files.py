@@ -86,7 +86,7 @@ def write_atomic(path, content):
     Raises
     ------
     OSError
-        When the folder is missing or not writable, or the disk is full.
+        When the folder is missing or not writable, or the disk is full: names `path`.
     """
     path = Path(path)
     content = content.encode() if isinstance(content, str) else memoryview(content).cast("B")
@@ -94,9 +94,11 @@ def write_atomic(path, content):
     try:
         create(temporary, [content])
         rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the one that a user knows
         raise
     fsync(path.parent)
 
@@ -227,8 +229,9 @@ class Lock:
                 stacklevel=4,
             )
         owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{owner}\n".encode(), 0)
+        with _naming(self.path):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{owner}\n".encode(), 0)
 
     def _is_there(self):
         """Whether the file that was locked is still the one of its name."""
@@ -242,7 +245,8 @@ class Lock:
             Lock._held.discard(self)
             with suppress(OSError):
                 os.unlink(self.path)  # before closing: afterwards it may be another's
-            os.close(self._descriptor)
+            with suppress(OSError):  # it is closed all the same
+                os.close(self._descriptor)
 
     @classmethod
     def _forked(cls):

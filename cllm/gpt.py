@@ -183,6 +183,8 @@ class GPT(nn.Module):
             raise TypeError(f"GPT: config is {type(config).__name__}, it must be a GPTConfig")
         if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise InputError(f"dtype is {np.dtype(dtype)}, it must be float32 or float64")
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+            raise InputError(f"seed is {seed!r}, it must be an integer of at least 0")
         if attention is None and userfile.is_reference(config.attention):
             attention = userfile.load(config.attention, "model.attention")
         self.config = config
@@ -332,7 +334,7 @@ class GPT(nn.Module):
         reduction : {"mean", "sum", "none"}
         class_weight : (V,) array, optional
             A weight for each token of the vocabulary; "mean" divides by the targets' sum of weights.
-        mask : (B, T) boolean array, optional
+        mask : boolean array that broadcasts to (B, T), optional
             Where it is False, positions do not count.
         z_loss : float
             Factor of the squared log-sum-exp of the logits, which keeps them near 0 (Chowdhery et al. 2022).

@@ -1,26 +1,22 @@
 """What a run does when a step goes wrong: its loss or gradient not finite, or its loss far above the last.
 
-The step is judged before the weights change. What was there is kept in
-``RUN/incidents/step-00000123.safetensors``: the weights, the batch, and why, for `cllm.replay`.
+The step is judged before the weights change. What was there is kept in ``RUN/incidents/step-00000123/``,
+written and verified as a checkpoint is: the weights, the batch, and why, for `cllm.replay`.
 """
 
-import json
 import math
-import os
 import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
+from cllm import checkpoint
 from cllm.errors import InputError
-from cllm.files import write_atomic
 
 __all__ = ["Guard", "GuardConfig", "incidents", "load_incident", "save_incident"]
 
-KEPT = 2  # incidents of a run whose weights are kept
+PARTS = ("weights.safetensors", "batch.safetensors")
 
 
 @dataclass(frozen=True)
@@ -38,12 +34,15 @@ class GuardConfig:
         How many last losses that are.
     limit : int
         How often a run may skip or go back; the next time it stops.
+    keep : int
+        How many of the steps that went wrong are kept for `cllm replay`, each with the model's weights.
     """
 
     policy: Literal["stop", "skip", "rollback"] = "stop"
     spike: float = 0.0
     window: int = 100
     limit: int = 10
+    keep: int = 10
 
     def __post_init__(self):
         if not 0 <= self.spike < math.inf:
@@ -52,6 +51,8 @@ class GuardConfig:
             raise InputError(f"window is {self.window}, it must be at least 2")
         if self.limit < 0:
             raise InputError(f"limit is {self.limit}, it must be 0 or more")
+        if self.keep < 1:
+            raise InputError(f"keep is {self.keep}, it must be at least 1")
 
 
 class Guard:
@@ -93,45 +94,50 @@ class Guard:
         self.count, self.order = state["count"], state["order"]
 
 
-def save_incident(run_dir, step, weights, batches, facts):
-    """Keep a step that went wrong, and delete all but the newest ones.
+def save_incident(run_dir, step, weights, batches, facts, keep=GuardConfig.keep):
+    """Keep a step that went wrong, and delete all but the last `keep` ones.
 
     Parameters
     ----------
     run_dir : path-like
     step : int
-        Updates done before it.
+        As records count, from 1.
     weights : dict of str to ndarray
         As they were when it was computed.
     batches : list of Batch
         Its micro-batches.
     facts : dict
         JSON values: loss, gradient norm, why.
+    keep : int
 
     Returns
     -------
     Path
-    """
-    from safetensors.numpy import save
+        Its folder.
 
-    arrays = {f"weights.{name}": np.ascontiguousarray(array) for name, array in weights.items()}
+    Raises
+    ------
+    OSError
+        When it cannot be written: names the file.
+    """
+    arrays = {}
     for i, batch in enumerate(batches):
         for name in ("inputs", "targets", "mask"):
             array = getattr(batch, name)
             if array is not None:
-                arrays[f"batch.{i}.{name}"] = np.ascontiguousarray(array)
+                arrays[f"{i}.{name}"] = array
     folder = Path(run_dir) / "incidents"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.safetensors"
-    write_atomic(path, save(arrays, metadata={"facts": json.dumps({"step": step, **facts})}))
-    for old in incidents(run_dir)[:-KEPT]:
-        os.unlink(old)
+    path = checkpoint.write(folder, step, dict(zip(PARTS, (weights, arrays))), facts)
+    # After going back, this one may be of an earlier step than those that are there.
+    others = [other for other in incidents(run_dir) if other != path]
+    for old in others[: max(0, len(others) + 1 - keep)]:
+        checkpoint.remove(old)
     return path
 
 
 def incidents(run_dir):
-    """The files of a run's incidents, in the order of steps."""
-    return sorted((Path(run_dir) / "incidents").glob("step-*.safetensors"))
+    """The folders of a run's incidents, in the order of steps."""
+    return checkpoint.folders(Path(run_dir) / "incidents")
 
 
 def load_incident(path):
@@ -147,21 +153,11 @@ def load_incident(path):
     Raises
     ------
     InputError
-        When the file is damaged.
+        When a file is damaged: names it.
     """
-    from safetensors import SafetensorError, safe_open
-
-    weights, batches = {}, {}
-    try:
-        with safe_open(path, "numpy") as file:
-            facts = json.loads(file.metadata()["facts"])
-            for key in file.keys():  # noqa: SIM118  (it is no dict)
-                kind, _, name = key.partition(".")
-                if kind == "weights":
-                    weights[name] = file.get_tensor(key)
-                else:
-                    index, _, name = name.partition(".")
-                    batches.setdefault(int(index), {})[name] = file.get_tensor(key)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+    (weights, arrays), facts = checkpoint.read(path, PARTS)
+    batches = {}
+    for key, array in arrays.items():
+        index, _, name = key.partition(".")
+        batches.setdefault(int(index), {})[name] = array
     return weights, [batches[i] for i in sorted(batches)], facts

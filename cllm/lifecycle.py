@@ -25,18 +25,23 @@ from cllm import kernels, parallel, progress, records, rng, userfile
 from cllm.errors import InputError
 from cllm.files import LOCK, Lock, clear_temporary, is_temporary, why, write_atomic
 
-__all__ = ["RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "stopping", "user_files"]
+__all__ = [
+    "RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "may_change", "stopping", "user_files",
+]  # fmt: skip
 
 FILES = "files"  # folder in a run's directory for copies of the user's files
 TERMINATED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM has ended, as shells have it
 # What a resumed run may change: all else would make it another run.
-RESUMABLE = (
+RESUMABLE = tuple(f"train.{name}" for name in (
     "max_steps", "eval_interval", "sample_interval", "checkpoint_interval", "keep_checkpoints",
-    "max_minutes", "threads", "profile",
-)  # fmt: skip
+    "max_minutes", "threads", "prefetch", "profile",
+))  # fmt: skip
+RESUMABLE_SECTIONS = ("guard", "monitor")  # they look at steps to come
 
 
-RESUMABLE_KEYS = {f"train.{name}" for name in RESUMABLE}
+def may_change(key):
+    """Whether a resumed run may have another value of a key."""
+    return key in RESUMABLE or key.partition(".")[0] in RESUMABLE_SECTIONS
 
 
 class Diverged(Exception):
@@ -129,7 +134,7 @@ class Lifecycle:
             self.config = replace(self.config, run=configs.RunConfig(str(self.run_dir)))
         self.lock = Lock(self.run_dir)
         try:
-            _refuse_used(self.run_dir)  # by one that was quicker
+            _refuse_used(self.run_dir, held=True)  # by one that was quicker
             clear_temporary(self.run_dir)
             self._write_config()
         except BaseException:
@@ -154,14 +159,15 @@ class Lifecycle:
 
     def _trained(self):
         leading = self.units.rank == 0
-        # Also when a run without a checkpoint is resumed: files may have changed.
-        if leading and self.step == 0:
-            userfile.keep(self.files, self.run_dir / FILES)
-            self._first_files()
-        self._enter_environment()
-        self.recorder = records.Recorder(self.run_dir) if leading else records.Nowhere()
-        self.shown = (self.progress or progress.choose()) if leading else progress.Silent()
-        self.shown.start(self)
+        with self.units.agreeing():
+            # Also when a run without a checkpoint is resumed: files may have changed.
+            if leading and self.step == 0:
+                userfile.keep(self.files, self.run_dir / FILES)
+                self._first_files()
+            self._enter_environment()
+            self.recorder = records.Recorder(self.run_dir) if leading else records.Nowhere()
+            self.shown = (self.progress or progress.choose()) if leading else progress.Silent()
+            self.shown.start(self)
         threads_before = kernels.get_num_threads()
         self.began = perf_counter() - self.seconds
         state, error, reason = "interrupted", None, None
@@ -170,6 +176,8 @@ class Lifecycle:
             with stopping(self.deadline) as stop, self.units.together():
                 reason = self._train(stop)
             state = "finished" if reason is None else "interrupted"
+            if leading and reason is None:
+                self._prune()  # an earlier process may have been killed before it could
         except (Diverged, Unsaved) as failure:
             state, error = "failed", str(failure)
         except Exception as other:
@@ -227,10 +235,13 @@ class Lifecycle:
             return
         finally:
             self.checkpoint_seconds += perf_counter() - began
+        self._prune()
+
+    def _prune(self):
         try:
             checkpoints.prune(self.run_dir, self.config.train.keep_checkpoints)
         except OSError as error:
-            warnings.warn(f"an old checkpoint could not be deleted ({why(error)})", stacklevel=3)
+            warnings.warn(f"an old checkpoint could not be deleted ({why(error)})", stacklevel=4)
 
     def _enter_environment(self):
         """Note what this process computes with; say so when an earlier one's was another."""
@@ -258,7 +269,7 @@ class Lifecycle:
         self.environments = self.environments or state.get("environments", [])
         before, now = configs.flatten(state.get("config", {})), configs.flatten(configs.to_dict(self.config))
         for key in now if before else ():
-            if key not in RESUMABLE_KEYS and not key.startswith("run.") and before.get(key) != now[key]:
+            if not may_change(key) and not key.startswith("run.") and before.get(key) != now[key]:
                 warnings.warn(
                     f"{key} is {now[key]!r} in {self.run_dir / 'config.toml'}, and was {before.get(key)!r} "
                     f"up to step {self.step}: from here on it is another run",
@@ -316,10 +327,12 @@ def user_files(config):
     return userfile.digests(name for name in named if userfile.is_reference(name))
 
 
-def _refuse_used(run_dir):
+def _refuse_used(run_dir, held=False):
     if (run_dir / "sweep.toml").exists():
         raise InputError(f"{run_dir} holds a sweep; choose another run.dir")
     if any((run_dir / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+        if (run_dir / LOCK).exists() and not held:
+            Lock(run_dir).release()  # says who trains there, if somebody does
         raise InputError(
             f"{run_dir} already holds a run; continue it with `cllm resume {run_dir}` "
             "or choose another run.dir"

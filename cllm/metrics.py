@@ -162,6 +162,8 @@ class _NatsPer(_Metric):
         """Count a batch of logits (..., C); parameters and errors are those of `Accuracy.update`."""
         logits, targets, counted = _scores(outputs, targets, mask, type(self).__name__)
         units = self._units(targets[counted], logits.shape[1])
+        if logits.dtype not in (np.float32, np.float64):
+            logits = logits.astype(np.float64)
         losses, _ = kernels.cross_entropy_forward(logits, np.where(counted, targets, IGNORE_INDEX))
         self.add(losses.sum(dtype=np.float64), units)
 
@@ -492,6 +494,8 @@ def _targets(targets, mask):
     targets = np.asarray(targets)
     if targets.dtype.kind not in "iub":
         raise InputError(f"targets are {targets.dtype}, they must be integers")
+    if targets.dtype == np.uint64 and targets.max(initial=0) >= 2**63:  # which would wrap, perhaps to -100
+        raise InputError(f"targets have {targets.max()}, they must be below 2**63")
     targets = targets.astype(np.int64, copy=False)
     counted = targets != IGNORE_INDEX
     if mask is None:

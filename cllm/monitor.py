@@ -23,14 +23,15 @@ class MonitorConfig:
     Parameters
     ----------
     layers : int
-        Steps between records of each layer's gradient norm and update-to-weight ratio; 0: none.
+        Steps between records of each layer's gradient norm and update-to-weight ratio, and the whole model's
+        ratio, and at the first step; 0: none.
     activations : int
-        Steps between records of the size of what each module gives; 0: none.
+        Steps between records of the size of what each module gives, and at the first step; 0: none.
     tensorboard : bool
         Whether the records also go to TensorBoard event files, in RUN/tensorboard (extra `tensorboard`).
     """
 
-    layers: int = 0
+    layers: int = 50
     activations: int = 0
     tensorboard: bool = False
 
@@ -56,10 +57,12 @@ class Monitor:
     ----------
     config : MonitorConfig
     model : nn.Module
+    units : cllm.parallel.Units
+        All of them measure at the same steps.
     """
 
-    def __init__(self, config, model):
-        self.config, self.model = config, model
+    def __init__(self, config, model, units):
+        self.config, self.model, self.units = config, model, units
         self.layers = {}  # layer -> its parameters' names
         for name, _ in model.named_parameters():
             self.layers.setdefault(layer_of(name), []).append(name)
@@ -72,19 +75,29 @@ class Monitor:
 
     @contextmanager
     def _activations(self):
-        found = {}
-        with watching(self.model, _Sizes(self.model, found)):
+        found, sizes = {}, _Sizes(self.model)
+        with watching(self.model, sizes):
             yield found
+        rows = {}
+        for part in self.units.gather(sizes.rows):
+            for name, more in part.items():
+                rows.setdefault(name, []).extend(more)
+        for name, passes in rows.items():
+            squares, largest, zeros, n = zip(*passes)
+            # Rounded once: the same bits however the passes are shared among units.
+            found[f"activation_rms.{name}"] = math.sqrt(math.fsum(squares) / sum(n))
+            found[f"activation_max.{name}"] = float(np.max(largest))
+            found[f"activation_zeros.{name}"] = sum(zeros) / sum(n)
 
     def gradients(self, step, buffer):
         """What to record of the gradients of a step, before they are clipped."""
         if not _due(self.config.layers, step):
             return {}
-        table = buffer.statistics()
-        return {
-            f"grad_norm.{layer}": math.sqrt(sum(table[name]["norm"] ** 2 for name in names if name in table))
-            for layer, names in self.layers.items()
-        }
+        table, found = buffer.statistics(), {}
+        for layer, names in self.layers.items():
+            if norms := [table[name]["norm"] for name in names if name in table]:
+                found[f"grad_norm.{layer}"] = math.hypot(*norms)
+        return found
 
     def update(self, step, buffer):
         """A context for the update of a step, which gives a dict of what to record."""
@@ -95,10 +108,12 @@ class Monitor:
     @contextmanager
     def _ratios(self, parameters):
         found = {}
-        before = {name: p.data.copy() for name, p in parameters.items()}
+        weights = kernels.array_statistics([p.data for p in parameters.values()])[:, 0]
+        changed = [p.data.copy() for p in parameters.values()]
         yield found
-        changes = kernels.array_statistics([p.data - before[name] for name, p in parameters.items()])[:, 0]
-        weights = kernels.array_statistics(list(before.values()))[:, 0]
+        for change, p in zip(changed, parameters.values()):
+            np.subtract(p.data, change, out=change)
+        changes = kernels.array_statistics(changed)[:, 0]
         place = {name: i for i, name in enumerate(parameters)}
         groups = {f".{layer}": names for layer, names in self.layers.items()} | {"": list(parameters)}
         for key, names in groups.items():
@@ -109,15 +124,15 @@ class Monitor:
 
 
 def _due(interval, step):
-    return interval > 0 and step % interval == 0
+    return interval > 0 and (step % interval == 0 or step == 1)
 
 
 class _Sizes:
-    """Notes root mean square, largest magnitude and share of zeros of each module's output."""
+    """Notes sum of squares, largest magnitude, zeros and number of elements of what each module gives."""
 
-    def __init__(self, model, found):
+    def __init__(self, model):
         self.names = {id(module): name.removeprefix("transformer.") for name, module in model.named_modules()}
-        self.found = found
+        self.rows = {}  # name -> a tuple for each time that the module was called
 
     def wants(self, module, name):
         return False  # fused operations stay fused: what is trained keeps its bits
@@ -125,16 +140,13 @@ class _Sizes:
     def offer(self, module, name, value):
         pass
 
-    def output(self, module, value):
+    def output(self, module, value, given):
         value = value[0] if isinstance(value, tuple) else value
         name = self.names[id(module)]
-        if not isinstance(value, Tensor) or not name or not value.data.size:
-            return
-        squares, largest, zeros, _ = kernels.array_statistics([np.ascontiguousarray(value.data)])[0]
-        n = value.data.size
-        self.found[f"activation_rms.{name}"] = math.sqrt(squares / n)
-        self.found[f"activation_max.{name}"] = float(largest)
-        self.found[f"activation_zeros.{name}"] = float(zeros / n)
+        if isinstance(value, Tensor) and name and value.data.size:
+            squares, largest, zeros, _ = kernels.array_statistics([np.ascontiguousarray(value.data)])[0]
+            row = float(squares), float(largest), int(zeros), value.data.size
+            self.rows.setdefault(name, []).append(row)
 
 
 class TensorBoard:

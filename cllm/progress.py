@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, plain lines elsewhere, or nothing.
+"""What a run shows while it trains: a bar with two lines on a terminal, plain lines elsewhere, or nothing.
 
 A progress object has six methods, which the Trainer calls: `start(trainer)` once, `step(record)` after
 each update, `evaluation(record)`, `sample(step, text)`, `note(text)` for what happens besides, and
@@ -57,20 +57,24 @@ class Lines:
         self.max_steps = trainer.config.train.max_steps
         self.every = max(1, self.max_steps // 10)
         self.unit = trainer.unit
-        self.rate = _Rate(trainer.step)
+        self.rate, self.times = _Rate(trainer.step), _Times()
         self._print(_start_line(trainer))
 
     def step(self, record):
+        self.times.add(record)
         if record["step"] % self.every == 0:
             left = self.rate.left(record["step"], self.max_steps)
             figures = _figures(record, decimals=4)
             if record.get("lr") is not None:
                 figures.append(f"lr {record['lr']:.2e}")
+            if record.get("grad_norm") is not None:
+                figures.append(f"grad norm {record['grad_norm']:.3g}")
             figures += _speed(record, self.unit)
             figures.append(f"{duration(left)} left")
             self._print(f"step {record['step']}/{self.max_steps}: {', '.join(figures)}")
 
     def evaluation(self, record):
+        self.times.add(record)
         self._print(_evaluation_line(record))
 
     def sample(self, step, text):
@@ -80,22 +84,22 @@ class Lines:
         self._print(text)
 
     def end(self, summary):
-        self._print(_end_line(summary, self.run_dir, self.next_command))
-        if "profile" in summary:
-            self._print("\n".join(profile.table(summary["profile"])))
+        for line in _end_lines(summary, self.times, self.run_dir, self.next_command):
+            self._print(line)
 
     def _print(self, line):
         print(_encodable(line, self.stream), file=self.stream, flush=True)
 
 
 class Bar:
-    """A rich progress bar; evaluations and generated lines are printed above it."""
+    """A rich progress bar and below it what else was measured; evaluations and samples are printed above."""
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stdout
 
     def start(self, trainer):
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.console = Console(file=self.stream, highlight=False, markup=False)
@@ -104,34 +108,47 @@ class Bar:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            console=self.console,
-            auto_refresh=False,
         )
         self.run_dir, self.next_command = trainer.run_dir, trainer.next_command
         self.unit = "tok" if trainer.unit == "tokens" else trainer.unit
-        self.evaluated = ""
+        self.evaluated = self.ratio = ""
+        self.below = ()  # lines
         self.max_steps = trainer.config.train.max_steps
-        self.rate = _Rate(trainer.step)
+        self.rate, self.times = _Rate(trainer.step), _Times()
         self.drawn = 0.0
         self.console.print(_start_line(trainer))
         self.task = self.bar.add_task("step", total=self.max_steps, completed=trainer.step, figures="")
-        self.bar.start()
+        self.live = Live(Group(self.bar, self), console=self.console, auto_refresh=False)
+        self.live.start()
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(*[Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self.below])
 
     def step(self, record):
+        self.times.add(record)
+        if record.get("update_ratio") is not None:
+            self.ratio = f"update/weight {record['update_ratio']:.1e}"
         now = time.monotonic()
         if now - self.drawn < _REDRAW and record["step"] < self.max_steps:
             return
         self.drawn = now
         left = self.rate.left(record["step"], self.max_steps)
-        figures = _figures(record, decimals=3)
-        if record.get("lr") is not None:
-            figures.append(f"lr {record['lr']:.1e}")
-        figures += [self.evaluated] * bool(self.evaluated)
-        figures += _speed(record, self.unit)
-        figures.append(f"{duration(left)} left")
-        self.bar.update(self.task, completed=record["step"], figures="  ".join(figures), refresh=True)
+        figures = [*_figures(record, decimals=3), *_speed(record, self.unit), f"{duration(left)} left"]
+        self.bar.update(self.task, completed=record["step"], figures="  ".join(figures))
+        measured = [
+            form.format(record[key]) if record.get(key) is not None else ""
+            for key, form in {"lr": "lr {:.1e}", "grad_norm": "grad norm {:.2g}"}.items()
+        ]
+        memory = f"memory {record['memory_mb']:.0f} MB" if "memory_mb" in record else ""
+        lines = (*measured, self.ratio, self.evaluated), (self.times.shares(), memory)
+        self.below = ["  ".join(filter(None, line)) for line in lines if any(line)]
+        self.live.refresh()
 
     def evaluation(self, record):
+        self.times.add(record)
         self.console.print(_evaluation_line(record))
         # The first metric stays in view: the loss is there anyway, perplexity says the same.
         shown = {
@@ -148,10 +165,9 @@ class Bar:
         self.console.print(_encodable(text, self.stream), soft_wrap=True)
 
     def end(self, summary):
-        self.bar.stop()
-        self.console.print(_end_line(summary, self.run_dir, self.next_command), soft_wrap=True)
-        if "profile" in summary:
-            self.console.print("\n".join(profile.table(summary["profile"])), soft_wrap=True)
+        self.live.stop()
+        for line in _end_lines(summary, self.times, self.run_dir, self.next_command):
+            self.console.print(line, soft_wrap=True)
 
 
 class _Rate:
@@ -164,6 +180,35 @@ class _Rate:
     def left(self, step, max_steps):
         """Seconds that the remaining steps take at the rate so far."""
         return (time.monotonic() - self.began) * max(0, max_steps - step) / max(1, step - self.first)
+
+
+class _Times:
+    """Where the time of this process went."""
+
+    def __init__(self):
+        self.parts, self.evaluations = {}, 0.0
+
+    def add(self, record):
+        if record["split"] != "train":
+            self.evaluations += record.get("seconds", 0.0)
+            return
+        for key, value in record.items():
+            if key.startswith("time_") and isinstance(value, numbers.Real):
+                name = key.removeprefix("time_")
+                self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def shares(self):
+        """Each part's share of the steps, in words; empty when that was not measured."""
+        whole = sum(self.parts.values())
+        return ", ".join(
+            f"{name} {100 * seconds / whole:.0f} %" for name, seconds in self.parts.items() if whole
+        )
+
+    def line(self, checkpoints):
+        return (
+            f"time: {duration(sum(self.parts.values()))} of steps ({self.shares()}), "
+            f"{duration(self.evaluations)} of evaluations, {duration(checkpoints)} of checkpoints"
+        )
 
 
 def duration(seconds):
@@ -210,8 +255,9 @@ def _figures(record, decimals, most=4):
     """A record's loss and what else was measured, in words: the first numbers, no lists."""
     shown = {"loss": record["loss"]} if "loss" in record else {}
     shown |= {
-        key: value for key, value in record.items() if key not in _COMMON and not records.is_timing(key)
-    }
+        key: value for key, value in record.items()
+        if key not in _COMMON and not records.is_timing(key) and not records.is_inside(key)
+    }  # fmt: skip
     figures = []
     for key, value in shown.items():
         if value is None:
@@ -223,6 +269,14 @@ def _figures(record, decimals, most=4):
 
 def _evaluation_line(record):
     return f"step {record['step']}: {record['split']} {', '.join(_figures(record, decimals=4, most=8))}"
+
+
+def _end_lines(summary, times, run_dir, next_command):
+    if times.parts:
+        yield times.line(summary["time_checkpoints"])
+    yield _end_line(summary, run_dir, next_command)
+    if "profile" in summary:
+        yield from profile.table(summary["profile"])
 
 
 def _end_line(summary, run_dir, next_command):

@@ -18,16 +18,20 @@ import numpy as np
 from cllm.errors import InputError, nearest
 from cllm.files import why, write_atomic
 
-__all__ = ["METRICS", "Nowhere", "Recorder", "Run", "is_timing", "load", "number", "plain", "write_summary"]
+__all__ = [
+    "METRICS", "Nowhere", "Recorder", "Run", "is_inside", "is_timing", "load", "number", "plain",
+    "write_summary",
+]  # fmt: skip
 
-#: What the records of a language model have, next to "step" and "split"; metrics and callbacks add to it.
+#: What each record of a language model has; [monitor], metrics and callbacks add to it.
 METRICS = {
     "train": (
         "loss", "lr", "grad_norm", "tokens_per_s", "time_data", "time_forward", "time_backward",
-        "time_optimizer",
+        "time_optimizer", "memory_mb",
     ),
     "val": ("loss", "perplexity", "seconds", "memory_mb"),
 }  # fmt: skip
+_INSIDE = re.compile(r"(grad_norm|update_ratio|activation_(rms|max|zeros))\..*|update_ratio")
 _TIMING = re.compile(r"time.*|seconds|(tokens|examples)_per_s|memory.*")
 
 
@@ -119,8 +123,9 @@ class Recorder:
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (kept open; close() ends it)
 
     def _keep(self, wanted):
-        self.close()
+        self._flush()
         write_atomic(self.path, b"".join(line for line, record in _lines(self.path) if wanted(record)))
+        self._file.close()  # only now: what cannot be written is to wait
         self._open()
 
 
@@ -275,6 +280,11 @@ def load(path):
 def is_timing(key):
     """Whether a record's key tells of the machine: seconds, speed, memory; all others repeat exactly."""
     return _TIMING.fullmatch(key) is not None
+
+
+def is_inside(key):
+    """Whether a record's key is [monitor]'s: of a layer or module, or the ratio of update to weights."""
+    return _INSIDE.fullmatch(key) is not None
 
 
 def number(value):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm import guard, rng, saved
+from cllm import checkpoint, guard, rng, saved
 from cllm import task as tasks
 from cllm.data import Batch
 from cllm.errors import InputError
@@ -61,7 +61,8 @@ class Replay:
     loss, exact : float
         Its loss, in the run's precision and in float64.
     forward, backward : list of Row
-        Modules in the order in which they ended; parameters' gradients, those of the last layers first.
+        Modules in the order in which they ended, and before the first that was given something wrong by a
+        sound one, what that is; parameters' gradients, those of the last layers first.
     """
 
     facts: dict
@@ -74,17 +75,18 @@ class Replay:
     @property
     def verdict(self):
         """Which layer went wrong first, in a sentence."""
-        for rows, what, verb in ((self.forward, "forward", "gives"), (self.backward, "backward", "gets")):
+        for rows, what, kind in (self.forward, "forward", "output"), (self.backward, "backward", "gradient"):
             for row in rows:
                 if row.wrong:
-                    return f"first wrong in the {what} pass: {row.name}, which {verb} {_described(row)}"
+                    return f"first wrong in the {what} pass: {row.name}, whose {kind} is {_described(row)}"
             if what == "forward" and not math.isfinite(self.loss):
                 return f"all modules are sound, the loss itself is {self.loss:g} (float64: {self.exact:g})"
         return "no layer differs from float64: the weights and this batch do give this loss and gradient"
 
     def lines(self):
         """The whole finding as lines of text."""
-        yield f"step {self.facts['step'] + 1}: {self.facts['why']}"
+        yield f"step {self.facts['step']}: {self.facts['why']}"
+        yield ", ".join(f"{name} {value}" for name, value in self.facts["position"].items()) + " of the data"
         yield f"micro-batch {self.micro}: loss {self.loss:.6g}, in float64 {self.exact:.6g}"
         for title, rows in (("output of", self.forward), ("gradient of", self.backward)):
             width = max([len(row.name) for row in rows] + [len(title)])
@@ -103,9 +105,9 @@ class Replay:
 
 def _described(row):
     if not row.nonfinite:
-        return f"numbers {row.difference:.1g} off those of float64"
-    also = "not" if math.isfinite(row.exact) else "too"
-    return f"{row.nonfinite:.1%} infinite or NaN (in float64 {also})"
+        return f"finite, but off by {row.difference:.0%} from that in float64"
+    part = "" if row.nonfinite == 1 else f" in {row.nonfinite:.1%} of its elements"
+    return f"infinite or NaN{part}; in float64 it is {'not' if math.isfinite(row.exact) else 'so too'}"
 
 
 def replay(run_dir, step=None, task=None):
@@ -115,7 +117,7 @@ def replay(run_dir, step=None, task=None):
     ----------
     run_dir : path-like
     step : int, optional
-        Which step, as the run counted it, from 1; the newest one unless given.
+        Which step, as the records count, from 1; the last one unless given.
     task : cllm.Task, optional
         For a run whose task was given in Python: the same one again.
 
@@ -143,7 +145,7 @@ def replay(run_dir, step=None, task=None):
         model.train()
         model.zero_grad()
         batch = Batch(**{name: _cast(array, dtype) for name, array in batches[micro].items()})
-        rng.set_stream(facts["seed"], facts["step"], micro)
+        rng.set_stream(facts["seed"], facts["step"] - 1, micro)
         watch = _Outputs(model)
         with watching(model, watch):
             if loss is None:
@@ -156,16 +158,13 @@ def replay(run_dir, step=None, task=None):
 
     found = []
     for micro in range(len(batches)):
-        mean, outputs, gradients = run(micro, weights[next(iter(weights))].dtype)
-        exact, exact_outputs, exact_gradients = run(micro, np.float64)
-        names = [name for name in gradients if name in exact_gradients]
-        found.append(
-            Replay(
-                facts, micro, mean, exact,
-                [_row(*key, x, exact_outputs[key]) for key, x in outputs.items() if key in exact_outputs],
-                [_row(name, 0, gradients[name], exact_gradients[name]) for name in reversed(names)],
-            )
-        )  # fmt: skip
+        mean, seen, gradients = run(micro, weights[next(iter(weights))].dtype)
+        exact, exact_seen, exact_gradients = run(micro, np.float64)
+        backward = [
+            _row(name, gradients[name], exact_gradients[name])
+            for name in reversed(gradients) if name in exact_gradients
+        ]  # fmt: skip
+        found.append(Replay(facts, micro, mean, exact, _forward(seen, exact_seen), backward))
         if any(row.wrong for row in found[-1].forward + found[-1].backward):
             return found[-1]
     return found[0]
@@ -177,7 +176,7 @@ def _chosen(run_dir, step):
         raise InputError(f"{run_dir} kept no step that went wrong, so there is none to replay")
     if step is None:
         return kept[-1]
-    steps = {int(path.stem.removeprefix("step-")) + 1: path for path in kept}
+    steps = {checkpoint.step_of(path): path for path in kept}
     if step not in steps:
         raise InputError(f"step is {step}, {run_dir} kept {' and '.join(map(str, steps))}")
     return steps[step]
@@ -187,13 +186,25 @@ def _cast(array, dtype):
     return array.astype(dtype) if array.dtype.kind == "f" else array
 
 
-def _row(name, call, x, exact):
+def _forward(seen, exact):
+    rows = []
+    for key in filter(exact.__contains__, seen):
+        (given, output), (exact_given, exact_output) = seen[key], exact[key]
+        name = key[0] + f" (call {key[1] + 1})" * (key[1] > 0)
+        if given is not None and not any(row.wrong for row in rows):
+            before = _row(f"before {name}", given, exact_given)
+            rows += [before] * before.wrong
+        rows.append(_row(name, output, exact_output))
+    return rows
+
+
+def _row(name, x, exact):
     x, exact = x.astype(np.float64), exact.astype(np.float64)
     with np.errstate(all="ignore"):
         size = float(np.linalg.norm(exact))
         off = float(np.linalg.norm(x - exact))
         return Row(
-            f"{name} (call {call + 1})" if call else name,
+            name,
             float(np.abs(x).max(initial=0)),
             float(np.abs(exact).max(initial=0)),
             float(np.mean(~np.isfinite(x))) if x.size else 0.0,
@@ -202,11 +213,11 @@ def _row(name, call, x, exact):
 
 
 class _Outputs:
-    """Keeps each module's outputs, in the order in which they come; one that is called twice has two."""
+    """Keeps what each module was given and its output, in order; one that is called twice has two."""
 
     def __init__(self, model):
         self.names = {id(module): name or "the model" for name, module in model.named_modules()}
-        self.found = {}  # (name, which call) -> array
+        self.found = {}  # (name, which call) -> first argument, None if that is no Tensor, and output
         self.calls = {}
 
     def wants(self, module, name):
@@ -215,9 +226,10 @@ class _Outputs:
     def offer(self, module, name, value):
         pass
 
-    def output(self, module, value):
+    def output(self, module, value, given):
         value = value[0] if isinstance(value, tuple) else value
         if isinstance(value, Tensor):
             name = self.names[id(module)]
             call = self.calls[name] = self.calls.get(name, -1) + 1
-            self.found[name, call] = value.data.copy()
+            given = given[0].data.copy() if given and isinstance(given[0], Tensor) else None
+            self.found[name, call] = given, value.data.copy()

@@ -168,7 +168,8 @@ class Task:
     """
 
     def __init__(self, model, train, evals=None, loss=None, metrics=None, callbacks=(), tokenizer=None):
-        for name in ("parameters", "named_parameters", "state_dict", "load_state_dict", "train", "eval"):
+        of_modules = "parameters named_parameters modules state_dict load_state_dict train eval"
+        for name in of_modules.split():
             if not callable(getattr(model, name, None)):
                 raise InputError(f"a task's model is a {type(model).__name__}, it must be a cllm.nn.Module")
         if loss is not None and not callable(loss):

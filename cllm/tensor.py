@@ -178,10 +178,29 @@ def _index(item):
     if item is None or item is ... or isinstance(item, (int, slice, np.integer)):
         return item
     if isinstance(item, (np.ndarray, list)):
-        array = np.array(item, dtype=None if len(item) else np.intp)
+        array = np.array(item, dtype=np.intp if isinstance(item, list) and not np.size(item) else None)
         if array.dtype.kind in "biu":
-            return array
+            return int(array) if not array.ndim and array.dtype != bool else array
     raise TypeError("an index of a tensor must be of integers, booleans, slices, None and ...")
+
+
+def _is_integer(item):
+    return isinstance(item, (int, np.integer)) and not isinstance(item, bool)
+
+
+def _split(index):
+    """An index of integers and arrays as two: all but the arrays, then the arrays."""
+    whole = slice(None)
+    first, then = [], []
+    for item in index:
+        if isinstance(item, np.ndarray):
+            first += [whole] * (item.ndim if item.dtype == bool else 1)
+            then.append(item)
+        else:
+            first.append(item)
+            if not _is_integer(item):
+                then.append(item if item is ... else whole)
+    return tuple(first), tuple(then)
 
 
 def _mask(function, mask):
@@ -522,7 +541,8 @@ class Tensor(Fields):
                 da = _unbroadcast(kernels.matmul(grad, b.swapaxes(-1, -2)), a.shape)
             if need_y:
                 if b.ndim == 2:  # one product over all rows instead of one for each leading index and a sum
-                    db = kernels.matmul(a.reshape(-1, a.shape[-1]).T, grad.reshape(-1, grad.shape[-1]))
+                    n = math.prod(a.shape[:-1])
+                    db = kernels.matmul(a.reshape(n, a.shape[-1]).T, grad.reshape(n, grad.shape[-1]))
                 else:
                     db = _unbroadcast(kernels.matmul(a.swapaxes(-1, -2), grad), b.shape)
             return da, db
@@ -823,11 +843,19 @@ class Tensor(Fields):
     # Selection ---------------------------------------------------------------------------------------
 
     def __getitem__(self, index):
-        """Slices, integers, None and ... give views; integer and boolean arrays give copies."""
+        """Slices, integers, None and ... give views; integer and boolean arrays give copies.
+
+        As in torch, integers count as slices: x[0, :, [1, 2]] is x[0][:, [1, 2]], where NumPy has the array's
+        dimension first.
+        """
         data = self.data
         index = tuple(_index(item) for item in (index if isinstance(index, tuple) else (index,)))
+        arrays = [item for item in index if isinstance(item, np.ndarray)]
+        if arrays and any(_is_integer(item) for item in index):
+            first, then = _split(index)
+            return self[first][then]
         # Only integer arrays can name an element twice.
-        repeats = any(isinstance(item, np.ndarray) and item.dtype != bool for item in index)
+        repeats = any(item.dtype != bool for item in arrays)
         out = data[index]
         shape, dtype = data.shape, data.dtype
 

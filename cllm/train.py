@@ -10,6 +10,7 @@ What is trained is a `task.Task`; without one of the user's own it is a GPT on t
 import json
 import math
 import re
+import warnings
 from collections import deque
 from dataclasses import fields, replace
 from functools import partial
@@ -24,11 +25,12 @@ from cllm import config as configs
 from cllm import evaluation, kernels, metrics, optim, parallel, records, rng, schedules, userfile
 from cllm import guard as guards
 from cllm import task as tasks
+from cllm.data.producer import Producer
 from cllm.errors import InputError
-from cllm.files import Lock, clear_temporary, write_atomic
+from cllm.files import Lock, clear_temporary, why, write_atomic
 from cllm.generate import generate
 from cllm.guard import Guard
-from cllm.lifecycle import FILES, RESUMABLE, Diverged, Lifecycle, memory_mb
+from cllm.lifecycle import FILES, RESUMABLE, Diverged, Lifecycle, Unsaved, may_change, memory_mb
 from cllm.loop import OwnLoop
 from cllm.monitor import Monitor, TensorBoard
 from cllm.profile import Profile
@@ -181,14 +183,16 @@ class Trainer(Lifecycle):
                 f"train.sample_interval is {interval}, but the task's model has no config.block_size"
             )
         self.model = task.model
-        self.optimizer = optim.build(config.optim, self.model.named_parameters())
+        modules = self.model.modules()
+        self.optimizer = optim.build(config.optim, self.model.named_parameters(), modules)
         self.gradients = optim.GradientBuffer(self.model.named_parameters())
         self.leaves = self.units.leaves(train.grad_accum)
         self.batch_size = len(task.train) if train.batch_size == "full" else train.batch_size
         self.unit = f"{task.train.unit}s"
+        self.feed = Producer(task.train, train.prefetch, self._next) if train.prefetch else task.train
         self.board = TensorBoard() if config.monitor.tensorboard and self.units.rank == 0 else None
         self.callbacks = task.callbacks + self.given_callbacks + ((self.board,) if self.board else ())
-        self.monitor = Monitor(config.monitor, self.model)
+        self.monitor = Monitor(config.monitor, self.model, self.units)
         self.guard = Guard(config.guard)
         self.stale = 0  # evaluations since the best one
         self.metrics = _metrics(config, task)
@@ -228,6 +232,8 @@ class Trainer(Lifecycle):
         self._restore_common(state)
         self.position = state["position"]["index"]
         self.losses = {self.task.followed: state[f"{self.task.followed}_loss"]}
+        # Stopped early, and killed before its summary: it is done, unless more steps are asked for now.
+        self.stop = state["stop"] and state["config"]["train"]["max_steps"] == self.config.train.max_steps
         if "random" in state:
             rng.set_state(state["random"])
 
@@ -253,12 +259,14 @@ class Trainer(Lifecycle):
         self.profile = Profile(self, PARTS) if train.profile else None
         self.recorder.truncate(self.step)
         if self.config.guard.policy == "rollback" and self.step == 0:
-            self._save(final=False)  # so that there is something to go back to
+            self._save(planned=True, final=False)  # so that there is something to go back to
         reason = self._pause()  # a resumed run may have come so far already
         try:
             while self.step < train.max_steps and not self.stop and reason is None:
                 reason = self._step(stop)
         finally:
+            if train.prefetch:
+                self.feed.close()
             if self.board:
                 self.board.close()
         return reason
@@ -287,8 +295,9 @@ class Trainer(Lifecycle):
             self.shown.sample(self.step, self._sample())
         reason = next(filter(None, self.units.gather(stop.reason)), None) or self._pause()
         last = self._due(0)
-        if new_best or self._due(train.checkpoint_interval) or reason:
-            self._save(final=last or reason is not None)
+        planned = new_best or self._due(train.checkpoint_interval)
+        if planned or reason:
+            self._save(planned, final=last or reason is not None)
         return None if last and reason == "train.max_minutes" else reason
 
     def _stop_early(self, better):
@@ -328,13 +337,14 @@ class Trainer(Lifecycle):
         loss = total / count if count else 0.0
         norms = self.monitor.gradients(self.step + 1, self.gradients)
         norm = self._clip()
-        wrong = self.guard.judge(loss, norm)
+        # Units of another instruction set may have another norm; what is done about it must be one.
+        wrong = self.units.of_first(self.guard.judge(loss, norm))
         measured = {"loss": loss, "lr": lr, "grad_norm": norm}
         if wrong is None:
             with self.monitor.update(self.step + 1, self.gradients) as updates:
                 self._apply()
             measured |= {**norms, **updates, **activations}
-        elif self._went_wrong(wrong, measured):
+        elif self._went_wrong(wrong, measured, batches):
             self.optimizer.zero_grad()
             measured["skipped"] = wrong
         else:
@@ -348,40 +358,64 @@ class Trainer(Lifecycle):
             **measured,
             f"{self.unit}_per_s": (count if self.unit == "tokens" else examples) / laps.total,
             **laps.seconds,
+            "memory_mb": memory_mb(),
         }
 
-    def _went_wrong(self, wrong, measured):
+    def _went_wrong(self, wrong, measured, batches):
         """Keep the step for a replay and do as [guard] says; True: skip it, False: the run has gone back."""
         policy, limit = self.config.guard.policy, self.config.guard.limit
-        kept = ""
-        if self.units.rank == 0:
-            batches = [self._batch(micro) for micro in range(self.config.train.grad_accum)]
-            facts = {"why": wrong, "seed": self.config.train.seed, "files": self.files}
-            facts |= records.plain(measured)
-            if self.text is not None:
-                facts["vocab_size"] = self.text.vocab_size
-            path = guards.save_incident(self.run_dir, self.step, self.model.state_dict(), batches, facts)
-            kept = f"; its weights and batch are in {path}"
+        kept = self._keep_incident(wrong, measured, batches) if self.units.rank == 0 else ""
         told = f"{wrong} in step {self.step + 1} at learning rate {measured['lr']:g}"
         if policy == "stop" or self.guard.count >= limit:
             often = "" if policy == "stop" else f", after {limit} such steps (guard.limit)"
-            raise Diverged(
-                f"{told}{often}; a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
-            )
+            advice = "a lower optim.lr, a longer schedule.warmup_steps or optim.grad_clip may help"
+            raise Diverged(f"{told}{often}; {advice}{kept}")
         if policy == "skip":
             self.guard.count += 1
             self.shown.note(f"{told}: skipped{kept}")
             return True
+        if self.unsaved is not None:  # an older checkpoint would make it another run
+            raise Unsaved(f"{told}, and there is no going back to where it should: {self.unsaved}")
         count, order = self.guard.count, self.guard.order
-        path = self.units.of_first(checkpoints.newest(self.run_dir))
+        leading = self.units.rank == 0
+        path = checkpoints.newest(self.run_dir, only_planned=True) if leading else None
+        path = self.units.of_first(path)
         if path is None:
-            raise Diverged(f"{told}, and {self.run_dir} has no checkpoint to go back to")
+            raise Diverged(f"{told}, and {self.run_dir} has no checkpoint to go back to{kept}")
         self._restore(checkpoints.load(path))
         self.guard.count, self.guard.order = count + 1, order + 1
         self.recorder.truncate(self.step)
         self.optimizer.zero_grad()
         self.shown.note(f"{told}: back to step {self.step}, with the data in another order{kept}")
         return False
+
+    def _keep_incident(self, wrong, measured, batches):
+        """Write down a step that went wrong; where it can be looked at, in words."""
+        mine, train = dict(zip(self.leaves, batches)), self.task.train
+        batches = [
+            mine[micro] if micro in mine else train.batch(*self._place(micro))  # another unit's
+            for micro in range(self.config.train.grad_accum)
+        ]
+        facts = {
+            "why": wrong,
+            "seed": self.config.train.seed,
+            "position": train.position(self.position, self.config.train.batch_size),
+            "order": self.guard.order,
+            "files": self.files,
+            **records.plain(measured),
+        }
+        if self.text is not None:
+            facts["vocab_size"] = self.text.vocab_size
+        try:
+            weights, keep = self.model.state_dict(), self.config.guard.keep
+            path = guards.save_incident(self.run_dir, self.step + 1, weights, batches, facts, keep)
+        except OSError as error:
+            warnings.warn(
+                f"step {self.step + 1} went wrong and cannot be kept for a replay ({why(error)})",
+                stacklevel=2,
+            )
+            return ""
+        return f"; its weights and batch are in {path}, and `cllm replay {self.run_dir}` looks into it"
 
     def _one(self, batches, laps):
         """The gradient of a step's only micro-batch; its losses' sum, their count, its examples."""
@@ -411,8 +445,19 @@ class Trainer(Lifecycle):
         return total, count, examples
 
     def _batch(self, micro):
+        return self.feed.batch(*self._place(micro))
+
+    def _place(self, micro):
+        """Index, batch size and seed of a step's micro-batch."""
         seed = self.config.train.seed + (self.guard.order << 64)  # no run's seed is so large
-        return self.task.train.batch(self.position + micro, self.config.train.batch_size, seed)
+        return self.position + micro, self.config.train.batch_size, seed
+
+    def _next(self, index):
+        """The index of this unit's micro-batch after another one's."""
+        step, micro = divmod(index, self.config.train.grad_accum)
+        if micro + 1 in self.leaves:
+            return index + 1
+        return (step + 1) * self.config.train.grad_accum + self.leaves[0]
 
     def _loss(self, batch, micro):
         """The sum of a batch's losses and how many counted."""
@@ -453,7 +498,7 @@ class Trainer(Lifecycle):
         record.update({key: records.number(value) for key, value in record.items()})
         self.recorder.write(record)
 
-    def _save(self, final):
+    def _save(self, planned, final):
         if self.units.rank > 0:
             return
         followed = self.task.followed
@@ -466,6 +511,8 @@ class Trainer(Lifecycle):
             f"{followed}_loss": self.losses.get(followed),
             "guard": self.guard.state_dict(),
             "stale": self.stale,
+            "stop": self.stop,
+            "planned": planned,
         }
         # The learning rate is the schedule's; a callback may have changed the others.
         state["optimizer"] = [
@@ -572,8 +619,9 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None, p
     ----------
     run_dir : path-like
     overrides : dict, optional
-        Dotted keys to values; of [train] the intervals, limits, threads and ``max_steps`` may change.
-        Another ``max_steps`` needs a schedule that would have had the same rates in all steps so far.
+        Dotted keys to values; of [train] the intervals, limits, threads and ``max_steps`` may change, and all
+        of [guard] and [monitor]. Another ``max_steps`` needs a schedule that would have had the same rates in
+        all steps so far.
     callbacks, progress, task, pause_at
         As the `Trainer`'s: the same callbacks and, if the run had one, the same task.
 
@@ -594,23 +642,35 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None, p
         When a damaged checkpoint was passed over, a key of config.toml was changed by hand, or the run goes
         on with another instruction set or other versions, which summary.json then tells of ("environments").
     """
-    with parallel.here().agreeing():
-        run = _resumed(Path(run_dir), overrides or {}, callbacks, progress, task, pause_at)
-    if isinstance(run, dict):
-        return run
-    if run.units.rank == 0:  # only now that all units have read what is there
-        (run.run_dir / "summary.json").unlink(missing_ok=True)  # it told of an end that is not one any more
-        run._write_config()
+    units, run_dir, overrides = parallel.here(), Path(run_dir), overrides or {}
+    with units.agreeing():
+        summary = _finished(run_dir, overrides)
+    summary = units.of_first(summary)
+    if summary is not None:
+        return summary
+    with units.agreeing():
+        lock = _held(run_dir) if units.rank == 0 else None
+    try:
+        with units.agreeing():  # only now that the first has put right what a killed process left
+            run = _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock)
+        with units.agreeing():  # only now that all have read what is there
+            if units.rank == 0:
+                (run_dir / "summary.json").unlink(missing_ok=True)  # its end is not one any more
+                run._write_config()
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     return run._run()
 
 
-def _resumed(run_dir, overrides, callbacks, progress, task, pause_at):
-    """A run at its newest checkpoint, ready to go on, and held; the summary of one that has finished."""
+def _finished(run_dir, overrides):
+    """The summary of a run that has finished, and that the overrides do not prolong; else None."""
     for key in overrides:
-        if key not in {f"train.{name}" for name in RESUMABLE}:
+        if not may_change(key):
             raise InputError(
-                f"{key} cannot change when a run is resumed, only "
-                + ", ".join(f"train.{name}" for name in RESUMABLE)
+                f"{key} cannot change when a run is resumed, only {', '.join(RESUMABLE)} and what is in "
+                "[guard] and [monitor]"
             )
     check_run(run_dir)
     earlier = records.Run(run_dir)
@@ -620,16 +680,19 @@ def _resumed(run_dir, overrides, callbacks, progress, task, pause_at):
         saved, config = _configs(run_dir, overrides)
         if config.train.max_steps == saved.train.max_steps:
             return earlier.summary
-    lock = Lock(run_dir) if parallel.here().rank == 0 else None
+    return None
+
+
+def _held(run_dir):
+    """The lock of a run's directory, in which what a killed process left is put right."""
+    lock = Lock(run_dir)
     try:
-        if lock is not None:
-            clear_temporary(run_dir)
-            checkpoints.tidy(run_dir)
-        return _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock)
+        clear_temporary(run_dir)
+        checkpoints.tidy(run_dir)
     except BaseException:
-        if lock is not None:
-            lock.release()
+        lock.release()
         raise
+    return lock
 
 
 def _configs(run_dir, overrides):
@@ -638,7 +701,13 @@ def _configs(run_dir, overrides):
 
 
 def _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock):
+    """A run at its newest checkpoint, ready to go on."""
     loaded = checkpoints.load_newest(run_dir)
+    if loaded is None and checkpoints.listed(run_dir):
+        raise InputError(
+            f"all checkpoints of {run_dir} are damaged; to train it again from step 0, move them away: "
+            f"{run_dir / 'checkpoints'}"
+        )
     userfile.refuse_changed(loaded[2].get("files", {}) if loaded else {}, run_dir / FILES, run_dir)
     saved, config = _configs(run_dir, overrides)
     if config.task.run is not None:

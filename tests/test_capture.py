@@ -158,6 +158,12 @@ def test_bad_patterns_are_refused_on_entry(model, patterns, message):
         raise AssertionError
 
 
+def test_what_is_no_module_has_nothing_to_capture():
+    message = r"^capture: model is a int, it must be a Module$"
+    with pytest.raises(InputError, match=message), cllm.capture(3, "a"):
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     "pattern, message",
     [

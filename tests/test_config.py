@@ -3,7 +3,9 @@
 import math
 import re
 import tomllib
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -375,3 +377,28 @@ def test_a_warm_up_longer_than_the_run_is_noted():
     assert "20% of optim.lr" in note
     without = {"schedule": {"name": "one_cycle"}, "train": {"max_steps": 20}}
     assert configs.notes(configs.from_dict(without)) == []
+
+
+def test_values_from_python():
+    """NumPy's numbers and paths are taken; what nothing can be made of is named in a sentence."""
+    values = {"train.max_steps": np.int64(3), "optim.lr": np.float64(0.5), "run.dir": Path("a")}
+    config = configs.given(values)
+    assert (config.train.max_steps, config.optim.lr, config.run.dir) == (3, 0.5, "a")
+    assert type(config.train.max_steps) is int and type(config.optim.lr) is float
+    for values, message in (
+        ({"optim.lr": 1j}, "optim.lr is 1j, it must be a finite number"),
+        ({"model.n_head": np.ones(2)}, r"model.n_head is array\(\[1., 1.\]\), it must be an integer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            configs.given(values)
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "exponential"])
+def test_a_warm_up_that_fills_the_run_is_noted(name):
+    values = {"schedule": {"name": name, "warmup_steps": 40}, "train": {"max_steps": 40}}
+    (note,) = configs.notes(configs.from_dict(values))
+    assert note.endswith("train.max_steps is 40: the learning rate rises to the end, never to fall")
+    values["train"]["max_steps"] = 41
+    assert configs.notes(configs.from_dict(values)) == []
+    range_test = {"schedule": {"name": "constant", "warmup_steps": 40}, "train": {"max_steps": 40}}
+    assert configs.notes(configs.from_dict(range_test)) == []

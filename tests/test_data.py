@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -219,14 +220,24 @@ def test_folder_of_token_files(tmp_path):
         (b"abc", {}, "3 bytes; a uint16 token file has a positive multiple of 2"),
         (b"\7\0\2\0", {"vocab_size": 5}, "has token 7 at position 0, but the vocabulary has 5 tokens"),
         (b"ab", {"dtype": "float32"}, "must be uint8, uint16 or uint32"),
-        (b"ab", {"vocab_size": -1}, "must be a positive integer"),
+        (b"ab", {"vocab_size": -1}, "vocab_size is -1; it must be an integer from 1 to 2"),
+        (b"ab", {"vocab_size": 2**32 + 1}, "vocab_size is 4294967297; it must be an integer from 1 to 2"),
+        (b"ab", {"sha256": "0" * 63}, "it must be 64 hexadecimal digits"),
+        (b"ab", {"sha256": "0" * 64}, r"t\.bin is damaged or another file"),
         (b"ab", {"vocab": 1}, "keys among dtype, sha256, tokenizer, vocab_size"),
         (b"ab", {"tokenizer": {"type": "bpe"}}, "not a tokenizer's description"),
+        (b"ab", {"tokenizer": None}, "not a tokenizer's description"),
+        (b"ab", {"tokenizer": {"type": "ids", "vocab_size": 2**64}}, "not a tokenizer's description"),
+        (b"ab", {"tokenizer": {"type": "char", "characters": "ba"}}, "characters must ascend"),
+        (b"ab", {"tokenizer": {"type": "char", "characters": "aab"}}, "characters must ascend"),
+        (b"ab", "[" * 100_000, r"t\.json is not JSON: .*recursion"),
+        (b"ab", [], r"t\.json must be a JSON object"),
     ],
 )
 def test_bad_token_files(tmp_path, content, description, message):
     (tmp_path / "t.bin").write_bytes(content)
-    (tmp_path / "t.json").write_text(json.dumps(description))
+    text = description if isinstance(description, str) else json.dumps(description)
+    (tmp_path / "t.json").write_text(text)
     with pytest.raises(InputError, match=message):
         data.load(tmp_path / "t.bin")
 
@@ -364,8 +375,14 @@ def test_a_damaged_entry_is_made_again(play, cache_folder, suffix, damage):
     path.unlink()
     if damage != "gone":
         path.write_bytes({"flip": content, "cut": content[:-7], "empty": b""}[damage])
-    np.testing.assert_array_equal(data.load(play).train.array, good)
-    assert cache.read(text.hash) is not None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        np.testing.assert_array_equal(data.load(play).train.array, good)
+    said = [str(warning.message) for warning in seen]
+    assert len(said) == (damage != "gone") and all(f"{text.hash}.bin and its .json are" in m for m in said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.read(text.hash) is not None
 
 
 def test_a_cache_that_cannot_be_written(play, tmp_path, monkeypatch):

@@ -342,6 +342,22 @@ def test_attention_dropout_is_undone_by_its_expectation_and_checked_by_its_seed(
         (lambda: F.embedding(np.array([0.5]), Tensor(values(5, 2))), TypeError, "integer"),
         (lambda: F.layer_norm(Tensor(values(3, 4)), 5), ValueError, "normalized_shape"),
         (lambda: F.layer_norm(values(3, 4), 4.0), ValueError, "normalized_shape is 4.0, it must be of int"),
+        (
+            lambda: F.layer_norm(values(2, 3, 4), (3, 4), values(4, 3)),
+            ValueError,
+            r"layer_norm: weight is \(4, 3\), it must be \(3, 4\)",
+        ),
+        (
+            lambda: F.layer_norm(values(2, 3, 4), (3, 4), None, values(12)),
+            ValueError,
+            r"layer_norm: bias is \(12,\), it must be \(3, 4\)",
+        ),
+        (
+            lambda: F.rms_norm(values(2, 3, 4), (3, 4), values(12)),
+            ValueError,
+            r"rms_norm: weight is \(12,\), it must be \(3, 4\)",
+        ),
+        (lambda: F.embedding(np.array([0]), values()), ValueError, r"weight is \(\), it must be \(V, C\)"),
         (lambda: F.dropout(values(3), "a"), ValueError, "dropout: p is 'a', it must be a number between"),
         (
             lambda: F.linear(values(3, 4), values(3)),
@@ -379,6 +395,16 @@ def test_attention_dropout_is_undone_by_its_expectation_and_checked_by_its_seed(
             "activation is 'elu', it must be one of gelu_tanh, gelu, relu",
         ),
         (lambda: F.token_position_embedding(TOKENS, *inputs_of((5, 2), (2, 2))), ValueError, "3 positions"),
+        (
+            lambda: F.token_position_embedding(TOKENS, *inputs_of((5, 2), (3, 1))),
+            ValueError,
+            r"position_weight is \(3, 1\) float64; they must be \(\.\.\., T\) and \(P, 2\) float64",
+        ),
+        (
+            lambda: F.token_position_embedding(2, *inputs_of((5, 2), (3, 2))),
+            ValueError,
+            r"tokens are \(\), position_weight",
+        ),
         (
             lambda: F.scaled_dot_product_attention(
                 *inputs_of(*[(1, 2, 3, 4)] * 3), np.ones((3, 3), bool), 0.0, True

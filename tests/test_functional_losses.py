@@ -277,6 +277,26 @@ def test_a_mask_is_an_ignore_index():
     ).item()
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (1, 3)])
+def test_a_mask_broadcasts_to_the_targets(shape):
+    """Of classes, of probabilities, in the count and in front of an output layer."""
+    mask = np.asarray(values(*shape, seed=3) > -0.3)
+    whole = np.broadcast_to(mask, TOKENS.shape).copy()
+    logits, q, w = values(2, 5, 3), np.abs(values(2, 5, 3, seed=1)), values(5, 4)
+    for call in (
+        lambda mask, x: F.cross_entropy(x, TOKENS, mask=mask, **ALL),
+        lambda mask, x: F.cross_entropy(x, q, mask=mask, **ALL),
+        lambda mask, x: F.linear_cross_entropy(x[:, :4].transpose(1, 2), Tensor(w), TOKENS, mask=mask),
+    ):
+        x, y = Tensor(logits, requires_grad=True), Tensor(logits, requires_grad=True)
+        found, expected = call(mask, x), call(whole, y)
+        assert found.item() == expected.item()
+        found.backward()
+        expected.backward()
+        assert np.array_equal(x.grad, y.grad)
+    assert F.cross_entropy_count(TOKENS, mask=mask) == F.cross_entropy_count(TOKENS, mask=whole)
+
+
 def test_counts():
     assert F.cross_entropy_count(TARGETS) == 4
     assert F.cross_entropy_count(TARGETS, mask=MASK) == 3
@@ -599,7 +619,7 @@ def test_errors():
          {"weight": [1, -1, 1, 1]}),
         (InputError, "weight requires a gradient, but a loss has none for it: detach it", (one, [0]),
          {"weight": Parameter(np.ones(4))}),
-        (InputError, "mask is (2,), it must be (1,)", (one, [0]), {"mask": [True, False]}),
+        (InputError, "mask is (2,), it must broadcast to (1,)", (one, [0]), {"mask": [True, False]}),
         (TypeError, "mask is int64, it must be boolean", (one, [0]), {"mask": [1]}),
         (TypeError, "target is bool, it must be an integer array", (one, [True]), {}),
         (TypeError, "target holds floats, it must be an integer array of shape (1,), or probabilities "
@@ -609,7 +629,8 @@ def test_errors():
         (InputError, "z_loss is -1, it must be at least 0 and finite", (one, np.ones((1, 4))),
          {"z_loss": -1}),
         (InputError, "weight is (3,), it must be (4,)", (one, np.ones((1, 4))), {"weight": np.ones(3)}),
-        (InputError, "mask is (2,), it must be (1,)", (one, np.ones((1, 4))), {"mask": [True, False]}),
+        (InputError, "mask is (2,), it must broadcast to (1,)", (one, np.ones((1, 4))),
+         {"mask": [True, False]}),
     ]  # fmt: skip
     for kind, message, arguments, options in cases:
         message = message.replace('"max"', "'max', it must be \"mean\", \"sum\" or \"none\"")
@@ -618,8 +639,8 @@ def test_errors():
     assert_refuses(InputError, message, F.cross_entropy_count, target, np.ones(4))
     message = "cross_entropy_count: weight[0] is nan, it must be at least 0 and finite"
     assert_refuses(InputError, message, F.cross_entropy_count, target, [np.nan, 1])
-    message = "cross_entropy_count: mask is (3,), it must be (2, 3)"
-    assert_refuses(InputError, message, F.cross_entropy_count, target, mask=[True] * 3)
+    message = "cross_entropy_count: mask is (2,), it must broadcast to (2, 3)"
+    assert_refuses(InputError, message, F.cross_entropy_count, target, mask=[True] * 2)
 
 
 def test_errors_of_the_output_layer():
@@ -634,7 +655,7 @@ def test_errors_of_the_output_layer():
         "with V at least 1"
     )
     assert_refuses(InputError, message, call, x, Tensor(values(5, 3)), TOKENS)
-    message = "linear_cross_entropy: mask is (3, 2), it must be (2, 3)"
+    message = "linear_cross_entropy: mask is (3, 2), it must broadcast to (2, 3)"
     assert_refuses(InputError, message, call, x, w, TOKENS, mask=np.ones((3, 2), bool))
     message = "linear_cross_entropy: target is float64, it must be an integer array"
     assert_refuses(TypeError, message, call, x, w, TOKENS.astype(float))
@@ -647,6 +668,8 @@ def test_errors_of_elementwise_losses():
         assert_refuses(InputError, message, getattr(F, name), x, values(5))
         message = f"{name}: reduction is 'x', it must be \"mean\", \"sum\" or \"none\""
         assert_refuses(InputError, message, getattr(F, name), x, y, reduction="x")
+    message = "mse_loss: target is a NoneType, it must be a Tensor or an array"
+    assert_refuses(TypeError, message, F.mse_loss, x, None)
     message = "mse_loss: weight is (4,), it must be input's shape, (3, 4)"
     assert_refuses(InputError, message, F.mse_loss, x, y, weight=np.ones(4))
     message = "smooth_l1_loss: beta is -1, it must be at least 0"

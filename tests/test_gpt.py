@@ -491,6 +491,9 @@ def test_bad_arguments():
         cllm.GPT({"n_layer": 1})
     with pytest.raises(InputError, match="float16"):
         cllm.GPT(SMALL, dtype=np.float16)
+    for seed in (-1, 1.5, True):
+        with pytest.raises(InputError, match=f"^seed is {seed}, it must be an integer of at least 0$"):
+            cllm.GPT(SMALL, seed=seed)
     with pytest.raises(InputError, match=r"^attention\(config\) gives a int, it must give a module: class"):
         cllm.GPT(SMALL, attention=lambda config: 3)
     with pytest.raises(InputError, match=r"^attention is a GatedAttention, it must be a class of modules"):

@@ -132,7 +132,9 @@ def test_stop_keeps_the_step(tmp_path):
     assert summary["step"] == first and len(training(tmp_path / "run")) == first
     (path,) = guard.incidents(tmp_path / "run")
     weights, (batch,), facts = guard.load_incident(path)
-    assert path.name == f"step-{first:08d}.safetensors" and facts["step"] == first
+    assert path.name == f"step-{first + 1:08d}" and facts["step"] == first + 1
+    assert facts["position"] == {"index": first, "epoch": 0, "sample": 4 * first} and facts["order"] == 0
+    assert f"in {path}, and `cllm replay {tmp_path / 'run'}`" in summary["error"]
     for name, array in trainer.model.state_dict().items():
         assert np.isfinite(array).all() and array.tobytes() == weights[name].tobytes()
     assert np.isinf(batch["targets"]).any()
@@ -177,7 +179,11 @@ def test_a_run_stops_after_too_many(tmp_path):
     _, summary = fit(tmp_path / "run", task(np.inf, at=range(100)), guard__policy="skip", guard__limit=3)
     assert summary["state"] == "failed" and summary["incidents"] == 3
     assert "after 3 such steps (guard.limit)" in summary["error"]
-    assert len(guard.incidents(tmp_path / "run")) == guard.KEPT
+    steps = [checkpoint.step_of(path) for path in guard.incidents(tmp_path / "run")]
+    assert steps == [1, 2, 3, 4]
+    more = {"guard__policy": "skip", "guard__limit": 3, "guard__keep": 2}
+    fit(tmp_path / "two", task(np.inf, at=range(100)), **more)
+    assert [checkpoint.step_of(path) for path in guard.incidents(tmp_path / "two")] == [3, 4]
     _, summary = fit(tmp_path / "back", task(np.inf, at=range(150)), guard__policy="rollback", guard__limit=2)
     assert summary["state"] == "failed" and summary["incidents"] == 2
 
@@ -236,7 +242,9 @@ def test_replay_names_the_layer_that_overflows_first(tmp_path):
     assert not math.isfinite(found.loss) and math.isfinite(found.exact)
     assert [row.name for row in found.forward] == ["first", "second", "the model"]
     assert [row.wrong for row in found.forward] == [False, True, True]
-    assert "first wrong in the forward pass: second" in found.verdict and "in float64 not" in found.verdict
+    assert found.verdict == (
+        "first wrong in the forward pass: second, whose output is infinite or NaN; in float64 it is not"
+    )
     text = "\n".join(found.lines())
     assert found.facts["why"] in text and text.count("<- wrong") >= 2
 
@@ -293,7 +301,7 @@ def test_what_cannot_be_replayed(tmp_path):
     fit(tmp_path / "bad", task(np.inf), guard__policy="skip")
     with pytest.raises(InputError, match=r"step is 999, .* kept "):
         replay(tmp_path / "bad", 999, task=task())
-    path = guard.incidents(tmp_path / "bad")[-1]
+    path = guard.incidents(tmp_path / "bad")[-1] / "batch.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(InputError, match=f"{path.name} is damaged"):
+    with pytest.raises(InputError, match=f"{path} is damaged"):
         replay(tmp_path / "bad", task=task())

@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "checkpoint": {"arrays", "files"},
     "cli": {
         "bench", "cllm", "config", "data", "figures", "generate", "kernels", "parallel", "replay", "saved",
-        "sweep", "train", "userfile", "files", "inspect_run", "verify",
+        "contents", "sweep", "train", "userfile", "files", "verify",
     },
+    "contents": {"arrays", "checkpoint", "files", "progress", "records"},
     "config": {
         "data", "gpt", "guard", "kernels", "metrics", "monitor", "optim", "schedules", "task", "userfile",
     },
@@ -32,8 +33,7 @@ MAY_IMPORT = {
     "functional": {"_core", "kernels", "rng", "tensor"},
     "generate": {"gpt", "kernels", "rng", "tensor"},
     "gpt": {"functional", "kernels", "nn", "rng", "tensor", "userfile"},
-    "guard": {"files"},
-    "inspect_run": {"arrays", "checkpoint", "files", "progress", "records"},
+    "guard": {"checkpoint"},
     "kernels": {"_core", "_kernels"},
     "lifecycle": {
         "checkpoint", "cllm", "config", "files", "kernels", "parallel", "progress", "records", "rng",
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "progress": {"profile", "records"},
     "records": {"files"},
     "reference": set(),
-    "replay": {"data", "guard", "nn", "rng", "saved", "task", "tensor"},
+    "replay": {"checkpoint", "data", "guard", "nn", "rng", "saved", "task", "tensor"},
     "rng": set(),
     "saved": {
         "checkpoint", "config", "data", "evaluation", "gpt", "lifecycle", "metrics", "task", "userfile",
@@ -63,8 +63,8 @@ MAY_IMPORT = {
     "task": {"data", "functional", "gpt", "metrics", "records", "rng", "tensor", "userfile"},
     "tensor": {"_core", "kernels", "rng"},
     "train": {
-        "checkpoint", "cllm", "config", "evaluation", "files", "generate", "guard", "kernels", "lifecycle",
-        "loop", "metrics", "monitor", "optim", "parallel", "profile", "progress", "records", "rng", "saved",
+        "checkpoint", "cllm", "config", "data", "evaluation", "files", "generate", "guard", "kernels",
+        "lifecycle", "loop", "metrics", "monitor", "optim", "parallel", "profile", "progress", "records", "rng", "saved",
         "schedules", "task", "userfile",
     },
     "userfile": {"files"},

@@ -46,9 +46,8 @@ def test_layer_norm(shape, bias, dtype):
     assert_close((y, mean, rstd), expected, dtype)
     results = kernels.layer_norm_backward(dy, x, weight, mean, rstd, bias=bias)
     wanted = reference.layer_norm_backward(dy, x, weight, *expected[1:], bias=bias)
-    if shape[-1] == 1:  # one channel: all but dbias is 0 up to rounding, which rstd = 316 enlarges
-        assert np.abs(results[0]).max(initial=0) < 1e-3
-        results, wanted = results[2:], wanted[2:]
+    if shape[-1] == 1:  # one channel: no rounding, which rstd = 316 would enlarge
+        assert not results[0].any() and not results[1].any()
     assert_close(results, wanted, dtype)
 
 

@@ -673,7 +673,11 @@ def test_wrong_kinds_of_adafactor_arguments():
         ({"ns_coefficients": (1, 2, math.nan)}, ValueError, "ns_coefficients has nan, it must be finite"),
         ({"adjust_lr_fn": "x"}, ValueError,
          'adjust_lr_fn is \'x\', it must be None, "original" or "match_rms_adamw"'),
+        ({"adjust_lr_fn": ["original"]}, ValueError,
+         'adjust_lr_fn is [\'original\'], it must be None, "original" or "match_rms_adamw"'),
         ({"eps": 0.0}, ValueError, "eps is 0.0, it must be above 0"),
+        ({"param": None}, TypeError, "param is None, it must be float32 or float64"),
+        ({"momentum_buffer": None}, TypeError, "momentum_buffer is NoneType, it must be a NumPy array"),
     ],
     ids=lambda value: "",
 )  # fmt: skip
@@ -681,8 +685,8 @@ def test_bad_muon_arguments(changes, kind, message):
     arrays = {name: np.ones((2, 3)) for name in ("param", "grad", "momentum_buffer")}
     arguments = {**arrays, "lr": 0.1, **changes}
     assert_refuses(kind, f"muon_update: {message}", kernels.muon_update, **arguments)
-    np.testing.assert_array_equal(arguments["param"], 1)
-    np.testing.assert_array_equal(arguments["momentum_buffer"], 1)
+    for name in arrays:
+        np.testing.assert_array_equal(arrays[name], 1)
 
 
 def test_bad_arguments_of_adagrad_lion_clip_and_statistics():

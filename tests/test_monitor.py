@@ -74,7 +74,7 @@ def test_layers_are_measured_when_it_is_their_turn(tmp_path, text_path):
     fit(text_path, tmp_path / "run", [look], monitor__layers=4)
     lines = training(tmp_path / "run")
     having = [r["step"] for r in lines if "update_ratio" in r]
-    assert having == [4, 8, 12]
+    assert having == [1, 4, 8, 12]
     record = lines[3]
     layers = {key.removeprefix("grad_norm.") for key in record if key.startswith("grad_norm.")}
     assert layers == {"wte", "wpe", "h.0", "h.1", "ln_f"}
@@ -91,18 +91,21 @@ def test_activations_are_those_of_the_forward_pass(tmp_path, text_path):
 
     def look(trainer, record):
         if record["step"] == 5 and record["split"] == "train":  # the weights with which step 6 begins
-            batch = trainer.task.train.batch(5, 4, 1337)
-            with cllm.capture(trainer.model, "h.1.mlp", "ln_f") as found:
-                trainer.model(batch.inputs)
-            seen.update(found)
+            for micro in range(3):
+                batch = trainer.task.train.batch(5 * 3 + micro, 4, 1337)
+                with cllm.capture(trainer.model, "h.1.mlp", "ln_f") as found:
+                    trainer.model(batch.inputs)
+                for name, array in found.items():
+                    seen.setdefault(name, []).append(array)
 
-    fit(text_path, tmp_path / "run", [look], monitor__activations=6)
+    fit(text_path, tmp_path / "run", [look], monitor__activations=6, train__grad_accum=3)
     having = [r for r in training(tmp_path / "run") if "activation_rms.ln_f" in r]
-    assert [r["step"] for r in having] == [6, 12]
-    for name, array in seen.items():
-        assert having[0][f"activation_rms.{name}"] == pytest.approx(np.sqrt(np.mean(array**2)), rel=1e-5)
-        assert having[0][f"activation_max.{name}"] == pytest.approx(np.abs(array).max(), rel=1e-5)
-        assert having[0][f"activation_zeros.{name}"] == np.mean(array == 0)
+    assert [r["step"] for r in having] == [1, 6, 12]
+    for name, arrays in seen.items():
+        array = np.concatenate([a.ravel() for a in arrays])
+        assert having[1][f"activation_rms.{name}"] == pytest.approx(np.sqrt(np.mean(array**2)), rel=1e-5)
+        assert having[1][f"activation_max.{name}"] == pytest.approx(np.abs(array).max(), rel=1e-5)
+        assert having[1][f"activation_zeros.{name}"] == np.mean(array == 0)
 
 
 def test_watching_changes_no_bit(tmp_path, text_path):

@@ -238,6 +238,7 @@ def test_layers_compute_what_functional_does():
     np.testing.assert_array_equal(nn.RMSNorm(6)(x).data, F.rms_norm(x, 6).data)
     table = nn.Embedding(7, 3)
     np.testing.assert_array_equal(table(np.array([[6, 0]])).data, table.weight.data[[[6, 0]]])
+    assert nn.LayerNorm(6).normalized_shape == (6,)  # torch's form
     assert nn.LayerNorm(6, bias=False).bias is None and nn.LayerNorm(6)(x).shape == (2, 4, 6)
     for norm, function in ((nn.LayerNorm, F.layer_norm), (nn.RMSNorm, F.rms_norm)):
         bare = norm((4, 6), elementwise_affine=False)
@@ -253,6 +254,11 @@ def test_layers_compute_what_functional_does():
         (lambda: nn.Linear(-3, 2), "Linear: in_features is -3, it must be an integer of at least 0"),
         (lambda: nn.Linear(3, 2.0), "Linear: out_features is 2.0, it must"),
         (lambda: nn.Embedding(-1, 2), "Embedding: num_embeddings is -1, it must"),
+        (lambda: nn.LayerNorm(-2), "LayerNorm: normalized_shape is -2, it must be an integer of at least 0"),
+        (lambda: nn.RMSNorm((2, 1.5)), "RMSNorm: normalized_shape is 1.5, it must"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), F.relu), "Sequential: module 1 is a function, it must be"),
+        (lambda: nn.ModuleList([None]), "ModuleList: module 0 is a NoneType, it must be a Module"),
+        (lambda: Net().load_state_dict(None), "the weights are a NoneType, they must be a dict of arrays by"),
         (lambda: cllm.manual_seed(-1), "manual_seed: seed is -1, it must be an integer of at least 0"),
         (lambda: cllm.manual_seed(1.5), "manual_seed: seed is 1.5, it must"),
     ],

@@ -9,9 +9,11 @@ import pytest
 
 import cllm
 from cllm import config as configs
-from cllm import optim, sweep
+from cllm import nn, optim, sweep
+from cllm.data import Examples
 from cllm.errors import InputError
 from cllm.optim import OptimConfig
+from cllm.progress import Silent
 from cllm.tensor import Tensor
 
 
@@ -95,6 +97,43 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(decay):
     for p in named.values():
         p.grad = np.ones(p.shape)
     optimizer.step()
+
+
+class Named(nn.Module):
+    """Tables and norms that no name gives away, a table that is also the head, and a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(5, 4), nn.Embedding(3, 4)
+        self.norms = nn.ModuleList([nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)), nn.LayerNorm(4)])
+        self.hidden, self.out = nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+        self.out.weight = self.tokens.weight
+        self.mixing = nn.Parameter(np.ones((3, 3), np.float32))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_embeddings_and_norms_are_known_by_their_modules(name):
+    model = Named()
+    config = OptimConfig(name, decay="matrices")
+    optimizer = optim.build(config, model.named_parameters(), model.modules())
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    for key, group in found.items():
+        is_matrix = key in ("hidden.weight", "mixing")
+        assert group["weight_decay"] == (0.1 if is_matrix else 0.0), key
+        assert group.get("muon", is_matrix) == is_matrix, key
+
+
+def test_a_run_spares_a_tasks_embeddings(tmp_path):
+    model = Named()
+    dataset = Examples(np.zeros((6, 2), np.int64), np.zeros((6, 2), np.int64))
+    task = cllm.Task(model, dataset, loss=lambda model, batch: (model.mixing.sum(), 1))
+    values = {"run.dir": str(tmp_path / "run"), "train.max_steps": 1, "optim.decay": "matrices"}
+    trainer = cllm.Trainer(values, task, progress=Silent())
+    trainer.fit()
+    (group,) = [group for group in trainer.optimizer.param_groups if group["weight_decay"] == 0.1]
+    assert {id(p) for p in group["params"]} == {id(model.hidden.weight), id(model.mixing)}
 
 
 #: The learning rate that brings each from 3 near 0 in 200 steps: Adagrad's and Adafactor's falls over time.

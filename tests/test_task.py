@@ -227,7 +227,7 @@ def test_a_run_of_a_task(folder):
     lines = untimed("run")
     training = [r for r in lines if r["split"] == "train"]
     assert [r["step"] for r in training] == list(range(1, 21))
-    assert list(training[0]) == ["step", "split", "loss", "lr", "grad_norm", "smooth"]
+    assert list(training[1]) == ["step", "split", "loss", "lr", "grad_norm", "smooth"]
     evaluated = [(r["step"], r["split"]) for r in lines if r["split"] != "train"]
     assert evaluated == [(step, split) for step in (5, 10, 15, 20) for split in ("val", "other")]
     assert list(lines[-1]) == ["step", "split", "loss", "near", "smooth"]  # a loss of its own: no perplexity
@@ -995,7 +995,7 @@ def test_a_sweep_of_a_loop(loop_file, capsys):
 
 
 def test_an_error_in_a_users_file_shows_their_traceback(folder, capsys):
-    words = ["train", "--task.build", "my.py:build", "--train.max-steps", "100", "--run.dir"]
+    words = ["train", "--task.build", "my.py:build", "--train.max-steps", "200", "--run.dir"]
     (folder / "my.py").write_text(MINE.replace("    return cllm.Task(", "    1 / 0\n    return cllm.Task("))
     status, out, err = run_cllm(capsys, *words, "a")
     lines = err.splitlines()

@@ -118,6 +118,10 @@ OPERATIONS = {
     "array and slice": (lambda x: x[1:, ROWS], [(3, 4)]),
     "two arrays": (lambda x: x[ROWS, ROWS], [(3, 4)]),
     "list index": (lambda x: x[[0, 0, 1]], [(3, 4)]),
+    "integer and array": (lambda x: x[-1, :, [0, 1, 1]], [(2, 3, 4)]),
+    "array and integer": (lambda x: x[[0, 2, 2], ..., 1:, -1], [(3, 2, 4, 2)]),
+    "integer between arrays": (lambda x: x[[1, 0], None, 1, :, [0, 2]], [(2, 2, 3, 4)]),
+    "nothing to add up": (lambda x, y: x @ y, [(2, 3, 0), (0, 4)]),
 }  # fmt: skip
 
 
@@ -303,6 +307,13 @@ def test_repeated_indices_add_their_gradients():
     index[:] = 0  # what the caller does with it later must not matter
     y.backward(np.arange(10.0).reshape(5, 2))
     assert x.grad.tolist() == [[0, 0], [8, 11], [0, 0], [12, 14]]
+
+
+def test_an_integer_array_of_no_axes_is_an_integer_and_an_empty_mask_a_mask():
+    x = Tensor(values(2, 3, 4), requires_grad=True)
+    assert np.array_equal(x[np.array(1), :, [0, 2]].data, x.data[1][:, [0, 2]])
+    empty = Tensor(np.zeros((0, 4)))
+    assert empty[empty > 0].shape == (0,) and empty[[]].shape == (0, 4)
 
 
 def test_split_and_chunk_have_torchs_sizes():

@@ -155,7 +155,8 @@ def load(
     Warns
     -----
     UserWarning
-        When the cache cannot be written; the tokens are then kept in memory.
+        When the cache cannot be written, and the tokens are kept in memory; when what it has is damaged, and
+        is made again.
     """
     config = DataConfig(os.fspath(source), os.fspath(tokenizer), val_fraction, test_fraction, packing, eos)
     given = {"char": None, "byte": ByteTokenizer()}
@@ -208,6 +209,7 @@ def _cached(key, array, description):
             "again in each run; set CLLM_CACHE to a folder that can be written",
             stacklevel=3,
         )
+        return array, description
     return cache.read(key) or (array, description)
 
 

@@ -19,6 +19,7 @@ from cllm.files import write_atomic
 
 __all__ = ["folder", "read", "scan", "write"]
 
+DTYPES = ("|u1", "<u2", "<u4")  # of cached tokens
 SCAN_BYTES = 1 << 22  # read at once
 # A file that was changed less than this before it was read could be changed again under the same times.
 SETTLED = 2e9  # nanoseconds
@@ -38,17 +39,30 @@ def folder():
 
 
 def read(key):
-    """The tokens (memory-mapped, read-only) and their description; None when missing or damaged."""
+    """The tokens (memory-mapped, read-only) and their description; None when missing or damaged.
+
+    Warns
+    -----
+    UserWarning
+        When they are damaged: names the file.
+    """
     try:
         path = folder() / "tokens" / key
         entry = json.loads(path.with_suffix(".json").read_bytes())
         description = entry["description"]
-        array = np.asarray(np.memmap(path.with_suffix(".bin"), description["dtype"], mode="r"))
-        if entry["sha256"] != _sha256(array, description):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        if description["dtype"] in DTYPES:
+            array = np.asarray(np.memmap(path.with_suffix(".bin"), description["dtype"], mode="r"))
+            if entry["sha256"] == _sha256(array, description):
+                return array, description
+    except OSError:
         return None
-    return array, description
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    warnings.warn(
+        f"{path}.bin and its .json are damaged, they do not match; the text is tokenised again",
+        stacklevel=3,
+    )
+    return None
 
 
 def write(key, array, description):
@@ -95,7 +109,7 @@ def scan(path, dtype):
         entry = json.loads((folder() / "scans" / name).read_bytes())
         if entry["check"] == _check(identity, entry["sha256"], entry["largest"]):
             return entry["sha256"], entry["largest"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     if identity[3] >= LONG:
         warnings.warn(
@@ -103,7 +117,7 @@ def scan(path, dtype):
             "later runs remember it",
             stacklevel=2,
         )
-    digest, largest, buffer = hashlib.sha256(), 0, bytearray(SCAN_BYTES)
+    digest, largest, buffer = hashlib.sha256(), 0, bytearray(min(SCAN_BYTES, identity[3]))
     with open(path, "rb", buffering=0) as file:
         while n := _fill(file, buffer):
             digest.update(memoryview(buffer)[:n])

@@ -5,6 +5,7 @@ A text is a list of `Document`; `decode` turns one into characters. Token files 
 
 import json
 import os
+import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cllm.data import cache
-from cllm.data.tokenizers import tokenizer_from_dict
+from cllm.data.tokenizers import MOST_TOKENS, tokenizer_from_dict
 from cllm.errors import InputError, nearest
 
 __all__ = ["BUILT_IN", "Document", "TokenFile", "decode", "documents", "token_files"]
@@ -195,14 +196,16 @@ def _token_file(path):
             f"{path} is damaged or another file: its SHA-256 is {sha256}, "
             f"{path.with_suffix('.json').name} says {description['sha256']}"
         )
-    tokenizer = description.get("tokenizer")
+    tokenizer = None
+    if "tokenizer" in description:
+        tokenizer = tokenizer_from_dict(description["tokenizer"], f"tokenizer in {path.with_suffix('.json')}")
     return TokenFile(
         path=str(path),
         array=np.asarray(np.memmap(path, dtype, mode="r")),
         sha256=sha256,
         largest=largest,
         vocab_size=description.get("vocab_size"),
-        tokenizer=tokenizer and tokenizer_from_dict(tokenizer, f"tokenizer in {path.with_suffix('.json')}"),
+        tokenizer=tokenizer,
     )
 
 
@@ -211,7 +214,7 @@ def _sidecar(path):
         description = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     known = {"dtype", "sha256", "tokenizer", "vocab_size"}
     if not isinstance(description, dict) or set(description) - known:
@@ -219,6 +222,9 @@ def _sidecar(path):
     if description.get("dtype", "uint16") not in ("uint8", "uint16", "uint32"):
         raise InputError(f"{path}: dtype is {description['dtype']!r}; it must be uint8, uint16 or uint32")
     vocab_size = description.get("vocab_size", 1)
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise InputError(f"{path}: vocab_size is {vocab_size!r}; it must be a positive integer")
+    if type(vocab_size) is not int or not 1 <= vocab_size <= MOST_TOKENS:
+        raise InputError(f"{path}: vocab_size is {vocab_size!r}; it must be an integer from 1 to 2^32")
+    sha256 = description.get("sha256", "0" * 64)
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(f"{path}: sha256 is {sha256!r}; it must be 64 hexadecimal digits in lower case")
     return description

@@ -15,6 +15,8 @@ __all__ = [
     "ByteTokenizer", "CharTokenizer", "IdTokenizer", "load_tokenizer", "tokenizer_from_dict",
 ]  # fmt: skip
 
+MOST_TOKENS = 1 << 32  # what the widest tokens of a file can tell apart
+
 
 class CharTokenizer:
     """One token for each character (Unicode code point) that the text has.
@@ -158,10 +160,13 @@ def tokenizer_from_dict(description, name="the tokenizer"):
     """
     match description:
         case {"type": "char", "characters": str(characters)} if characters:
-            return CharTokenizer(characters)
+            tokenizer = CharTokenizer(characters)
+            if tokenizer.characters != characters:  # or else the ids would be of other characters
+                raise InputError(f"{name}: characters must ascend by their code points, and be there once")
+            return tokenizer
         case {"type": "byte"}:
             return ByteTokenizer()
-        case {"type": "ids", "vocab_size": int(vocab_size)} if vocab_size > 0:
+        case {"type": "ids", "vocab_size": int(vocab_size)} if 0 < vocab_size <= MOST_TOKENS:
             return IdTokenizer(vocab_size)
     raise InputError(
         f'{name} is not a tokenizer\'s description: it must be {{"type": "char", "characters": "..."}}, '
@@ -179,7 +184,7 @@ def load_tokenizer(path):
             f'tokenizer "{path}" is neither "char" nor "byte" nor an existing tokenizer.json'
             + nearest(path, ("char", "byte"))
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a tokenizer.json: {error}") from None
     return tokenizer_from_dict(description, str(path))
 

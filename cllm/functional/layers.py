@@ -44,8 +44,8 @@ def linear(input, weight, bias=None):
 def embedding(input, weight):
     """The rows of weight that an integer array names.  input (...), weight (V, C) -> (..., C)."""
     tokens, weight = np.asarray(input), as_tensor(weight)
-    n_rows = weight.data.shape[0]
     out = kernels.embedding_forward(tokens, weight.data)
+    n_rows = len(weight.data)
 
     def backward(grad):
         (target,), add = targets_of(weight)
@@ -62,12 +62,17 @@ def token_position_embedding(tokens, token_weight, position_weight):
     """
     token_weight, position_weight = as_tensor(token_weight), as_tensor(position_weight)
     tokens = np.asarray(tokens)
-    n_rows, T = token_weight.data.shape[0], tokens.shape[-1]
-    n_positions = position_weight.data.shape[0]
-    if n_positions < T:
-        raise InputError(f"token_position_embedding: {T} positions, the table has {n_positions}")
     out = kernels.embedding_forward(tokens, token_weight.data)
-    out += position_weight.data[:T]
+    n_rows, T = len(token_weight.data), tokens.shape[-1] if tokens.ndim else 0
+    C, table = out.shape[-1], position_weight.data
+    if not tokens.ndim or table.ndim != 2 or table.shape[1] != C or table.dtype != out.dtype:
+        raise InputError(
+            f"token_position_embedding: tokens are {tokens.shape}, position_weight is {table.shape} "
+            f"{table.dtype}; they must be (..., T) and (P, {C}) {out.dtype}"
+        )
+    if len(table) < T:
+        raise InputError(f"token_position_embedding: {T} positions, the table has {len(table)}")
+    out += table[:T]
 
     def backward(grad):
         (dtoken,), add = targets_of(token_weight)
@@ -86,13 +91,16 @@ def token_position_embedding(tokens, token_weight, position_weight):
     return record(out, (token_weight, position_weight), backward)
 
 
-def _last(function, x, normalized_shape):
-    """normalized_shape as a tuple; it must be the last dimensions of x."""
+def _last(function, x, normalized_shape, **parameters):
+    """normalized_shape as a tuple; it must be the last dimensions of x, and the parameters' shape."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
     if not all(isinstance(n, (int, np.integer)) for n in shape):
         raise InputError(f"{function}: normalized_shape is {normalized_shape!r}, it must be of integers")
     if not shape or x.shape[-len(shape) :] != shape:
         raise InputError(f"{function}: normalized_shape is {shape}, input is {x.shape}")
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.shape != shape:
+            raise InputError(f"{function}: {name} is {parameter.shape}, it must be {shape}")
     return shape
 
 
@@ -107,7 +115,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     eps : float
     """
     input, weight, bias = as_tensor(input), _optional(weight), _optional(bias)
-    shape = _last("layer_norm", input, normalized_shape)
+    shape = _last("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if len(shape) > 1:
         flat = [None if x is None else x.reshape(-1) for x in (weight, bias)]
         lead = input.shape[: -len(shape)]
@@ -142,7 +150,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         None is the dtype's machine epsilon.
     """
     input, weight = as_tensor(input), _optional(weight)
-    shape = _last("rms_norm", input, normalized_shape)
+    shape = _last("rms_norm", input, normalized_shape, weight=weight)
     if len(shape) > 1:
         flat = None if weight is None else weight.reshape(-1)
         lead = input.shape[: -len(shape)]

@@ -48,9 +48,10 @@ def _mask(function, mask, shape):
     mask = np.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"{function}: mask is {mask.dtype}, it must be boolean")
-    if mask.shape != shape:
-        raise InputError(f"{function}: mask is {mask.shape}, it must be {shape}")
-    return mask
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise InputError(f"{function}: mask is {mask.shape}, it must broadcast to {shape}") from None
 
 
 def _reduced(losses, shape, reduction, count):
@@ -144,7 +145,7 @@ def cross_entropy(
         "none" gives an array of the shape of integer targets.
     label_smoothing : float in [0, 1]
         The share of the target distribution that is uniform over the classes (Szegedy et al. 2016).
-    mask : boolean array of the shape of integer targets, optional
+    mask : boolean array that broadcasts to the shape of integer targets, optional
         Rows with False do not count: no loss and no gradient, whatever their logits and targets are.
     z_loss : float
         At least 0: adds weight[target] z_loss log(Z)^2 to a row's loss, Z the sum of exp(logits)
@@ -366,6 +367,8 @@ def linear_cross_entropy(
 def _pair(function, input, target):
     """input and target as Tensors of one dtype; warns when they broadcast."""
     x, y = _operands(as_tensor(input), target if isinstance(target, Tensor) else np.asarray(target))
+    if y is NotImplemented:
+        raise TypeError(f"{function}: target is a {type(target).__name__}, it must be a Tensor or an array")
     y = y if isinstance(y, Tensor) else Tensor(np.full((), y, x.dtype))
     if x.shape != y.shape:
         try:

@@ -286,7 +286,7 @@ def _check_packed(function, qkv, n_head, n_kv_head, dropout_p, key):
 
 
 def packed_attention_forward(
-    qkv, n_head, *, n_kv_head=None, is_causal=True, scale=None, dropout_p=0.0, key=0, slopes=None
+    qkv, n_head, out=None, *, n_kv_head=None, is_causal=True, scale=None, dropout_p=0.0, key=0, slopes=None
 ):
     """Self-attention on queries, keys and values side by side, as one projection leaves them.
 
@@ -296,6 +296,8 @@ def packed_attention_forward(
         Queries, keys, values; each with the heads side by side.
     n_head : int
         H, the query heads.
+    out : tuple of arrays, optional
+        For out (B, T, H D) and lse (B, H, T).
     n_kv_head : int, optional
         G, the key/value heads; divides n_head, which it is when None.
     is_causal, scale, dropout_p, key, slopes
@@ -312,7 +314,8 @@ def packed_attention_forward(
     slopes = _slopes(function, slopes, n_head)
     scale = _scale(function, scale, D, qkv.dtype)
     B, T, _ = qkv.shape
-    out, lse = empty((B, T, n_head * D), qkv.dtype), empty((B, n_head, T), qkv.dtype)
+    shapes = ((B, T, n_head * D), (B, n_head, T))
+    out, lse = checks.results(function, out, ("out", "lse"), shapes, qkv.dtype, (qkv, slopes))
     if lse.size:
         q, k, v = _split_heads(qkv, n_head, n_kv_head)
         _attention.attention_forward(

@@ -171,7 +171,7 @@ def _check_feed_forward(function, activation, x, w1, w2):
         )
 
 
-def feed_forward_forward(x, w1, b1, w2, b2, activation="gelu_tanh"):
+def feed_forward_forward(x, w1, b1, w2, b2, activation="gelu_tanh", out=None):
     """y = activation(x w1^T + b1) w2^T + b2 (Vaswani et al. 2017, section 3.3).
 
     Parameters
@@ -184,6 +184,8 @@ def feed_forward_forward(x, w1, b1, w2, b2, activation="gelu_tanh"):
     b2 : (O,) array or None
     activation : str
         One of `ACTIVATIONS`.
+    out : tuple of two arrays, optional
+        For y and pre; None entries are allocated.
 
     Returns
     -------
@@ -194,18 +196,21 @@ def feed_forward_forward(x, w1, b1, w2, b2, activation="gelu_tanh"):
     Raises
     ------
     ValueError
-        When shapes do not match or the activation is unknown.
+        When shapes do not match, the activation is unknown or `out` is unsuitable.
     TypeError
         When dtypes are mixed or not float32 or float64.
     """
     function = "feed_forward_forward"
-    x, w1, b1, w2, b2 = checks.floats(function, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    inputs = x, w1, b1, w2, b2 = checks.floats(function, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     _check_feed_forward(function, activation, x, w1, w2)
     for name, bias, weight in (("b1", b1, w1), ("b2", b2, w2)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"{function}: {name} is {bias.shape}, it must be {weight.shape[:1]}")
-    pre = linear_forward(x, w1, b1)
-    return linear_forward(activate(pre, activation), w2, b2), pre
+    shapes = tuple((*x.shape[:-1], len(weight)) for weight in (w2, w1))
+    y, pre = checks.results(function, out, ("y", "pre"), shapes, x.dtype, inputs)
+    linear_forward(x, w1, b1, out=pre)
+    linear_forward(activate(pre, activation), w2, b2, out=y)
+    return y, pre
 
 
 def feed_forward_backward(

@@ -332,7 +332,7 @@ def _check_head(function, x, weight, targets, class_weight, ignore_index, label_
 
 
 def linear_cross_entropy_forward(
-    x, weight, targets, *, class_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
+    x, weight, targets, *, class_weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, out=None
 ):
     """Softmax cross-entropy of the logits x weight^T, of which only a chunk of rows is in memory at a time.
 
@@ -346,6 +346,8 @@ def linear_cross_entropy_forward(
         The `weight` of `cross_entropy_forward`.
     ignore_index, label_smoothing, z_loss
         As `cross_entropy_forward`.
+    out : tuple of two arrays, optional
+        For losses and lse; None entries are allocated.
 
     Returns
     -------
@@ -361,7 +363,8 @@ def linear_cross_entropy_forward(
     x, weight, class_weight = _floats(function, "class_weight", class_weight, x=x, weight=weight)
     targets = checks.integers(function, "targets", targets)
     _check_head(function, x, weight, targets, class_weight, ignore_index, label_smoothing, z_loss)
-    losses, lse = empty(targets.shape, x.dtype), empty(targets.shape, x.dtype)
+    shapes, inputs = (targets.shape, targets.shape), (x, weight, targets, class_weight)
+    losses, lse = checks.results(function, out, ("losses", "lse"), shapes, x.dtype, inputs)
     chunks, chunk = _chunked(x, weight)
     for rows in chunks:
         cross_entropy_forward(

@@ -109,6 +109,8 @@ def layer_norm_backward(dy, x, weight, mean, rstd, *, bias=True, out=None, accum
     _norm.norm_backward(
         dy, x, weight, True, mean, rstd, dx, dweight, dbias, partials, accumulate, threads.count
     )  # fmt: skip
+    if weight.size == 1:  # its own mean: 0 (or NaN), of which a fused product leaves its rounding times rstd
+        dx *= 0
     return dx, dweight, dbias
 
 

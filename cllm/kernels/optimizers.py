@@ -11,14 +11,17 @@ from cllm.kernels import threads
 from cllm.kernels.linear import matmul
 
 
-def _updated(function, param, grad, **state):
-    """`grad` ready to be read; raises unless `param` and the state arrays can be changed in place."""
+def _updated(function, param, grad, optional=(), **state):
+    """`grad` ready to be read; raises unless `param` and the state arrays can be changed in place.
+
+    optional : names of the state arrays that may be None
+    """
     _, grad = checks.floats(function, param=param, grad=grad)
     fits = grad.shape == np.shape(param)
     checks.require(fits, function, f"grad is {grad.shape}, param is {np.shape(param)}")
     seen = [grad]
     for name, array in {"param": param, **state}.items():
-        if array is not None or name not in checks.OPTIONAL:
+        if array is not None or name not in optional:
             checks.check_out(function, array, grad.shape, grad.dtype, seen, name)
             seen.append(array)
     return grad
@@ -105,7 +108,7 @@ def sgd_update(
         not nesterov or (momentum > 0 and dampening == 0),
         "sgd_update", "nesterov needs a momentum above 0 and a dampening of 0",
     )  # fmt: skip
-    grad = _updated("sgd_update", param, grad, momentum_buffer=momentum_buffer)
+    grad = _updated("sgd_update", param, grad, ("momentum_buffer",), momentum_buffer=momentum_buffer)
     _optimizers.sgd(
         param, grad, momentum_buffer, -1.0 if maximize else 1.0, lr, weight_decay, momentum, 1 - dampening,
         nesterov, first, threads.count,
@@ -171,7 +174,7 @@ def _adam(function, param, grad, m, v, step, lr, betas, eps, weight_decay, v_max
     lr, beta1, beta2, eps, weight_decay = _scalars(
         function, ("beta1", "beta2"), lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
     )
-    grad = _updated(function, param, grad, m=m, v=v, v_max=v_max)
+    grad = _updated(function, param, grad, ("v_max",), m=m, v=v, v_max=v_max)
     _check_eps(function, eps, grad.dtype)
     _optimizers.adam(
         param, grad, m, v, v_max, -1.0 if maximize else 1.0, lr / (1 - beta1**step), beta1, beta2,
@@ -227,7 +230,8 @@ def rmsprop_update(
             f"{function}: momentum is {momentum}, momentum_buffer must be "
             f"{'None' if momentum == 0 else 'an array like param'}"
         )
-    grad = _updated(function, param, grad, v=v, momentum_buffer=momentum_buffer, grad_avg=grad_avg)
+    optional = {"momentum_buffer": momentum_buffer, "grad_avg": grad_avg}
+    grad = _updated(function, param, grad, optional, v=v, **optional)
     _check_eps(function, eps, grad.dtype)
     _optimizers.rmsprop(
         param, grad, v, grad_avg, momentum_buffer, -1.0 if maximize else 1.0, lr, alpha, eps, weight_decay,
@@ -458,7 +462,7 @@ def muon_update(
     ns_coefficients = [checks.real(function, ns_coefficients=value)[0] for value in ns_coefficients]
     for value in ns_coefficients:
         checks.require(math.isfinite(value), function, f"ns_coefficients has {value}, it must be finite")
-    if adjust_lr_fn not in ADJUST_LR:
+    if not (adjust_lr_fn is None or isinstance(adjust_lr_fn, str)) or adjust_lr_fn not in ADJUST_LR:
         raise ValueError(
             f'{function}: adjust_lr_fn is {adjust_lr_fn!r}, it must be None, "original" or "match_rms_adamw"'
         )

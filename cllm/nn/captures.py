@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from cllm.errors import InputError, nearest
+from cllm.nn.module import Module
 from cllm.tensor import Tensor
 
 
@@ -59,9 +60,9 @@ def watching(model, watch):
     ----------
     model : Module
     watch : object
-        ``output(module, value)`` comes after each module's forward; ``offer(module, name, value)`` with what
-        it observes; ``wants(module, name)`` says whether that is asked for, None being the output: what is
-        asked for leaves the fused operations.
+        ``output(module, value, given)`` comes after each module's forward, `given` being its arguments;
+        ``offer(module, name, value)`` comes with what it observes; ``wants(module, name)`` says whether that
+        is asked for, None being the output: what is asked for leaves the fused operations.
     """
     modules = list(model.modules())
     for module in modules:
@@ -77,6 +78,8 @@ class _Capture:
     """One open `capture`: which names it asks for, and what it has seen."""
 
     def __init__(self, model, patterns):
+        if not isinstance(model, Module):
+            raise InputError(f"capture: model is a {type(model).__name__}, it must be a Module")
         if not patterns:
             raise InputError("capture: there is no pattern, at least one must be given")
         self.seen = {}
@@ -117,7 +120,7 @@ class _Capture:
             for _, part, _ in self.asked.get(id(module), ())
         )
 
-    def output(self, module, value):
+    def output(self, module, value, given):
         self.ran = True
         for pattern, part, key in self.asked.get(id(module), ()):
             if part is None:

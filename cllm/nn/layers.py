@@ -17,6 +17,14 @@ def _check_sizes(layer, **sizes):
             raise InputError(f"{layer}: {name} is {n!r}, it must be an integer of at least 0")
 
 
+def _normalized(layer, shape):
+    """normalized_shape, an integer or several, as a tuple."""
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    for n in shape:
+        _check_sizes(layer, normalized_shape=n)
+    return shape
+
+
 class Linear(Module):
     """y = x weight^T + bias.
 
@@ -42,6 +50,8 @@ class Linear(Module):
 class Embedding(Module):
     """A table of rows. Starts normal with deviation 1, as torch does; inside a GPT with 0.02, as GPT-2."""
 
+    holds_matrices = False
+
     def __init__(self, num_embeddings, embedding_dim, dtype=np.float32):
         super().__init__()
         _check_sizes("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
@@ -60,11 +70,14 @@ class LayerNorm(Module):
     Without elementwise_affine it has neither weight nor bias.
     """
 
+    holds_matrices = False
+
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, dtype=np.float32):
         super().__init__()
-        self.normalized_shape, self.eps = normalized_shape, eps
-        self.weight = Parameter(np.ones(normalized_shape, dtype)) if elementwise_affine else None
-        self.bias = Parameter(np.zeros(normalized_shape, dtype)) if elementwise_affine and bias else None
+        self.normalized_shape, self.eps = _normalized("LayerNorm", normalized_shape), eps
+        self.weight = Parameter(np.ones(self.normalized_shape, dtype)) if elementwise_affine else None
+        has_bias = elementwise_affine and bias
+        self.bias = Parameter(np.zeros(self.normalized_shape, dtype)) if has_bias else None
 
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -76,10 +89,12 @@ class RMSNorm(Module):
     Without elementwise_affine it has no weight.
     """
 
+    holds_matrices = False
+
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, dtype=np.float32):
         super().__init__()
-        self.normalized_shape, self.eps = normalized_shape, eps
-        self.weight = Parameter(np.ones(normalized_shape, dtype)) if elementwise_affine else None
+        self.normalized_shape, self.eps = _normalized("RMSNorm", normalized_shape), eps
+        self.weight = Parameter(np.ones(self.normalized_shape, dtype)) if elementwise_affine else None
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -110,6 +125,9 @@ class ModuleList(Module):
 
     def append(self, module):
         """Add a module at the end; returns self."""
+        if not isinstance(module, Module):
+            kind = type(self).__name__
+            raise InputError(f"{kind}: module {len(self)} is a {type(module).__name__}, it must be a Module")
         setattr(self, str(len(self)), module)
         return self
 

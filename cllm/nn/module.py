@@ -1,6 +1,7 @@
 """Module: an object that holds parameters and submodules as attributes and computes with them."""
 
 from collections import namedtuple
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -42,6 +43,9 @@ class Module:
     """Base class: a subclass sets Parameters and Modules as attributes and defines forward()."""
 
     training = True
+    # Whether its parameters of two dimensions are matrices, to Muon and to decay = "matrices": those of
+    # embeddings and norms are not. A class of yours may say so, too.
+    holds_matrices = True
     flat_data = None  # the block of all parameters and that of their gradients, after flatten()
     flat_grad = None
     _captures = ()  # those of `cllm.capture` that are open on this module
@@ -49,7 +53,7 @@ class Module:
     def __call__(self, *args, **kwargs):
         output = self.forward(*args, **kwargs)
         for capture in self._captures:
-            capture.output(self, output)
+            capture.output(self, output, args)
         return output
 
     def forward(self, *args, **kwargs):
@@ -157,6 +161,9 @@ class Module:
         InputError
             Names missing and unexpected keys, shapes that differ, and arrays that are not of floats.
         """
+        if not isinstance(state_dict, Mapping):
+            kind = type(state_dict).__name__
+            raise InputError(f"the weights are a {kind}, they must be a dict of arrays by name")
         names = {}
         for name, parameter in self._named():
             names.setdefault(id(parameter), (parameter, []))[1].append(name)

@@ -8,6 +8,7 @@ from cllm import userfile
 from cllm.errors import InputError, nearest
 from cllm.optim.base import Optimizer, from_zero
 from cllm.optim.rules import SGD, Adafactor, Adagrad, Adam, AdamW, Lion, Muon, RMSprop
+from cllm.tensor import Parameter
 
 #: What a config may name, besides a class in a user's file.
 BY_NAME = {
@@ -88,8 +89,8 @@ class OptimConfig:
     lr : float
         The largest learning rate; above 0.
     decay : {"all", "matrices"}
-        What `weight_decay` applies to: all parameters, or those of two or more dimensions that are not
-        embedding or position tables.
+        What `weight_decay` applies to: all parameters, or those of two or more dimensions that belong neither
+        to an embedding or position table nor to a norm.
     grad_clip : float
         The largest norm of all gradients; 0 for no clipping.
     arguments : dict
@@ -139,7 +140,7 @@ class OptimConfig:
         object.__setattr__(self, "arguments", values)
 
 
-def build(config, named_parameters):
+def build(config, named_parameters, modules=()):
     """The optimizer of an `OptimConfig`.
 
     Parameters
@@ -148,22 +149,29 @@ def build(config, named_parameters):
     named_parameters : iterable of (str, Tensor)
         A name with a part "wte", "wpe" or one that contains "embed" is a table, one with a part "lm_head" is
         the head.
+    modules : iterable of Module, optional
+        Those that hold the parameters. What belongs to one whose `holds_matrices` is False, as `nn.Embedding`
+        and the norms have it, is no matrix whatever its name is.
 
     Returns
     -------
     Optimizer
-        With decay = "matrices" parameters of fewer than two dimensions and tables are in a group that does
-        not decay. With Muon all but matrices, and the tables and the head, are in groups for AdamW.
+        With decay = "matrices" parameters of fewer than two dimensions, tables and norms are in a group that
+        does not decay. With Muon all but matrices, and the tables and the head, are in groups for AdamW.
     """
     cls = find(config.name)
+    spared = {
+        id(value) for module in modules if not module.holds_matrices
+        for value in vars(module).values() if isinstance(value, Parameter)
+    }  # fmt: skip
     groups = {}
     for name, p in named_parameters:
         parts = name.lower().split(".")
-        is_table = any(part in ("wte", "wpe") or "embed" in part for part in parts)
+        is_spared = id(p) in spared or any(part in ("wte", "wpe") or "embed" in part for part in parts)
         own = {}
-        if config.name == "muon" and (p.data.ndim != 2 or is_table or "lm_head" in parts):
+        if config.name == "muon" and (p.data.ndim != 2 or is_spared or "lm_head" in parts):
             own.update(muon=False, eps=_ADAMW_EPS)
-        if config.decay == "matrices" and (p.data.ndim < 2 or is_table):
+        if config.decay == "matrices" and (p.data.ndim < 2 or is_spared):
             own.update(weight_decay=0.0)
         groups.setdefault(tuple(own), {"params": [], **own})["params"].append(p)
     order = sorted(groups, key=len)  # the group that takes all of the config's arguments first
