@@ -284,7 +284,7 @@ def _parser():
     sub.add_argument(
         "--same-isa", action="store_true", help="there, only on workers of one instruction set (any, marked)"
     )
-    sub.add_argument("--dry-run", action="store_true", help="list the trials and train nothing")
+    sub.add_argument("--dry-run", action="store_true", help="list the trials, estimate time and memory")
 
     sub = command(
         _plot,
@@ -481,8 +481,7 @@ def _sweep(options):
     directory = options.overrides.pop("run.dir", None) or Path("runs", Path(options.file).stem)
     plan = sweep.Sweep.load(options.file, options.overrides)
     if options.dry_run:
-        for trial in plan.trials():
-            print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
+        print("\n".join(sweep.forecast(plan, Path(directory), options.workers)))
         return 0
     try:
         summary = sweep.run(

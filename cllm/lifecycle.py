@@ -26,7 +26,8 @@ from cllm.errors import InputError
 from cllm.files import LOCK, Lock, clear_temporary, is_temporary, why, write_atomic
 
 __all__ = [
-    "RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "may_change", "stopping", "user_files",
+    "RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "may_change", "memory_peak_mb", "stopping",
+    "user_files",
 ]  # fmt: skip
 
 FILES = "files"  # folder in a run's directory for copies of the user's files
@@ -300,7 +301,7 @@ class Lifecycle:
             **self._results(),
             "seconds": self.seconds,
             "time_checkpoints": self.checkpoint_seconds,
-            "memory_peak_mb": _memory_peak_mb(),
+            "memory_peak_mb": memory_peak_mb(),
             "isa": kernels.isa,
             "threads": self.threads,
             "units": self.units.size,
@@ -410,10 +411,10 @@ def memory_mb():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     except OSError:
-        return _memory_peak_mb()
+        return memory_peak_mb()
 
 
-def _memory_peak_mb():
+def memory_peak_mb():
     """The most memory that this process has held, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux kilobytes
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,7 +1,11 @@
-"""What a sweep tries: ranges, samplers, rungs and fresh seeds in its file, numbers that stay."""
+"""What a sweep tries: ranges, samplers, rungs and fresh seeds in its file, numbers that stay, a forecast."""
 
+import importlib
 import json
 import math
+import re
+from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import qmc
 
+import cllm
 from cllm import config, sweep
 from cllm.errors import InputError
-from cllm.sweep import plan, space
+from cllm.sweep import plan, results, space
 
 SAMPLED = """
 [sweep]
@@ -355,3 +360,160 @@ def test_earlier_proposals_of_tpe_count_where_they_lie_in_the_space(load):
     assert fewer.numbers == [0, 1, 2] and fewer.settings == earlier
     fresh = plan.numbered(made, mine)
     assert fresh.settings == [*mine, *made.settings] and fresh.numbers == list(range(17))
+
+
+# The forecast ----------------------------------------------------------------------------------------
+
+TINY = """
+[base.data]
+source = "{source}"
+[base.model]
+n_layer = 1
+n_head = 2
+n_embd = 96
+block_size = 16
+[base.schedule]
+warmup_steps = 2
+[base.train]
+batch_size = 4
+max_steps = 200
+eval_interval = 50
+"""
+GRID = '[[space]]\n"optim.lr" = {low = 1e-4, high = 30e-4, step = 1e-4}\n'
+forecasting = importlib.import_module("cllm.sweep.forecast")
+
+
+@pytest.fixture
+def tiny(load, text_file):
+    """Load a sweep of tiny models."""
+    return lambda text: load(TINY.format(source=text_file) + text)
+
+
+class Inline:
+    """Stands for a ProcessPoolExecutor, in this process."""
+
+    def __init__(self, n_workers, context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Let the calibration measure what the test says: seconds of building, a step, an evaluation."""
+
+    def costs(measure):
+        monkeypatch.setattr(forecasting, "ProcessPoolExecutor", Inline)
+        monkeypatch.setattr(
+            forecasting, "_measure",
+            lambda config, seconds: forecasting._Measured(*measure(config), 1000, 4000, 8000, 50.0),
+        )  # fmt: skip
+
+    return costs
+
+
+def rows(lines):
+    """The forecast's last lines by their label."""
+    return {line[:9].strip(): line[9:] for line in lines[lines.index("") + 1 :]}
+
+
+def test_a_forecast_is_one_screen_and_leaves_nothing(tiny, tmp_path):
+    plan = tiny(f"[sweep]\nseeds = [0, 1]\n{GRID}[confirm]\nseeds = [5, 6, 7]\n")
+    lines = sweep.forecast(plan, tmp_path / "out", workers=2)
+    assert lines[0] == "30 settings x 2 seeds = 60 trials"
+    assert lines[1] == "s000-seed0  optim.lr = 0.0001" and "s029-seed1  optim.lr = 0.003" in lines
+    assert "... and 48 more, to" in lines and len(lines) < 24
+    found = rows(lines)
+    assert found["search"] == "60 trials to the end"
+    assert found["confirm"] == "2 settings x 3 fresh seeds = 6 trials"
+    assert re.fullmatch(r"about .* s on this machine, 2 at once with 1 thread each", found["time"])
+    total, each = map(float, re.match(r"about (\d+) MB, (\d+) MB for each of 2", found["memory"]).groups())
+    assert abs(total - 2 * each) <= 1 and each > 30  # Python and NumPy alone have that much
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_forecast_measures_what_a_trial_takes(tiny, tmp_path):
+    plan = tiny(f"[sweep]\nseeds = [0]\n{ONE}")
+    lines = sweep.forecast(plan, tmp_path / "out")
+    vocabulary = cllm.data.load(plan.base["data"]["source"], tokenizer="char").vocab_size
+    made = cllm.GPT(replace(plan.trial_config(plan.trials()[0]).model, vocab_size=vocabulary))
+    n = sum(parameter.data.size for parameter in made.parameters())
+    assert f"{n / 1000:.1f}k parameters: {4e-6 * n:.1f} MB, as much again for gradients" in lines[-1]
+    assert f"{8e-6 * n:.1f} MB for the optimizer" in lines[-1]
+
+
+def test_time_is_that_of_the_stages_on_so_many_workers(tiny, tmp_path, costs):
+    costs(lambda config: (0.5, 0.01, 1.0))
+    found = rows(sweep.forecast(tiny(f"[sweep]\nseeds = [0, 1, 2]\n{ONE}"), tmp_path / "out", workers=2))
+    # 0.5 s + 200 steps + 4 evaluations are 6.5 s; three of these on two workers take two turns.
+    assert found["time"] == "about 13 s on this machine, 2 at once with 1 thread each"
+    halving = '[prune]\nmethod = "halving"\nsteps = [50, 100]\n[confirm]\nseeds = [4]\ntop = 1\n'
+    space = '[[space]]\n"optim.lr" = [1e-4, 2e-4, 3e-4, 4e-4]\n'
+    found = rows(sweep.forecast(tiny(f"[sweep]\nseeds = [0]\n{space}{halving}"), tmp_path / "out", workers=1))
+    # To 50: 4 x (0.5 + 0.5 + 1); to 100: 2 x 2; to the end: 0.5 + 1 + 2; confirming: 6.5.
+    assert found["time"].startswith(f"about {8 + 4 + 3.5 + 6.5:.0f} s")
+    assert found["search"] == "4 trials to step 50, then 2 trials to step 100, then 1 trial to the end"
+
+
+def test_shapes_that_there_is_no_time_for_are_judged_by_their_size(tiny, tmp_path, costs, monkeypatch):
+    costs(lambda config: (0.0, 1e-3 * config.model.n_layer, 0.0))
+    monkeypatch.setattr(forecasting, "SECONDS", -1.0)  # only the largest is measured
+    plan = tiny('[sweep]\nseeds = [0]\n[[space]]\n"model.n_layer" = [1, 2, 5]\n')
+    lines = sweep.forecast(plan, tmp_path / "out", workers=1)
+    assert rows(lines)["time"].startswith("about 1.6 s")  # 200 steps of 8 layers in all
+    assert "a step takes 5 ms: 1 of 3 shapes measured, the others judged by their size" in "\n".join(lines)
+
+
+def test_rounds_that_are_not_proposed_yet_count(tiny, tmp_path, costs):
+    costs(lambda config: (0.0, 1e-3, 0.0))
+    space = '[[space]]\n"optim.lr" = {low = 1e-4, high = 1e-2}\n'
+    plan = tiny(f'[sweep]\nmethod = "tpe"\ntrials = 14\nseeds = [0, 1]\n{space}')
+    lines = sweep.forecast(plan, tmp_path / "out", workers=2)
+    assert lines[0] == "8 settings x 2 seeds = 16 trials; 6 more settings are proposed when these have ended"
+    assert rows(lines)["search"] == "28 trials to the end, in 3 rounds"
+    assert rows(lines)["time"].startswith("about 2.8 s")
+    assert len(plan.settings) == 8
+
+
+def test_what_is_finished_already_takes_no_time(tiny, tmp_path, costs):
+    costs(lambda config: (0.0, 0.01, 0.0))
+    plan = tiny(f"[sweep]\nseeds = [0, 1]\n{ONE}")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sweep.toml").write_text(config.to_toml(plan.resolved()))
+    done = {trial.name: sweep.Result(trial) for trial in plan.trials()}
+    done["s000-seed0"] = sweep.Result(plan.trials()[0], "finished", 200, 2.0)
+    (out / "results.csv").write_text(results.table(plan, done))
+    (out / "settings.json").write_text(json.dumps(plan.settings))
+    found = rows(sweep.forecast(plan, tmp_path / "out", workers=2))
+    assert found["finished"].startswith("1 of these trials")
+    assert found["time"].startswith("about 2.0 s on this machine, 1 at once")
+    with pytest.raises(InputError, match="holds another sweep"):
+        sweep.forecast(tiny(ONE.replace("1e-3", "1e-2")), out)
+
+
+def test_what_cannot_be_known_is_said(tiny, load, tmp_path, costs, monkeypatch):
+    def fail(config):
+        raise MemoryError("out of memory")
+
+    costs(fail)
+    found = rows(sweep.forecast(tiny(ONE), tmp_path / "out"))
+    assert found["time"] == "not known: a trial would fail with MemoryError: out of memory"
+    (tmp_path / "my.py").write_text("def train(config, run): ...\n")
+    monkeypatch.chdir(tmp_path)
+    found = rows(sweep.forecast(load(f'{ONE}[base.task]\nrun = "my.py:train"\n'), tmp_path / "own"))
+    assert found["time"] == "not known: task.run is a loop of its own"
+    with pytest.raises(InputError, match="block_size"):
+        sweep.forecast(tiny('[[space]]\n"model.block_size" = 100000\n'), tmp_path / "out")

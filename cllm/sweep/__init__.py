@@ -5,8 +5,9 @@ ordinary runs in SWEEP/trials/. `run` hands them to workers (engine), and gather
 (results). Everything is in the trials' own files: a sweep that was stopped at any point goes on from there.
 """
 
+from cllm.sweep.forecast import forecast
 from cllm.sweep.plan import Sweep, SweepConfig, Trial
 from cllm.sweep.results import Result
 from cllm.sweep.run import run
 
-__all__ = ["Result", "Sweep", "SweepConfig", "Trial", "run"]
+__all__ = ["Result", "Sweep", "SweepConfig", "Trial", "forecast", "run"]

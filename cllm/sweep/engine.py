@@ -13,7 +13,7 @@ from cllm.errors import plain_notes
 from cllm.sweep.results import Result
 from cllm.sweep.worker import died, perform
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "blas_threads"]
 
 REPORT_INTERVAL = 0.2  # seconds between two reports of a worker about its trial
 STOP_SECONDS = 15.0  # what a worker has to finish its step and write a checkpoint after Ctrl-C
@@ -118,7 +118,7 @@ class _Worker:
         self.pipe, other_end = context.Pipe()
         self.process = context.Process(target=_work, args=(other_end,), daemon=True)
         resource_tracker.ensure_running()  # or the first start would do that, and unblock the signal
-        with _blas_threads(threads):
+        with blas_threads(threads):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the process unblocks it in `_work`
             try:
                 self.process.start()
@@ -133,7 +133,7 @@ class _Worker:
 
 
 @contextmanager
-def _blas_threads(n):
+def blas_threads(n):
     """Let processes started here have BLAS pools of n threads: NumPy's would be of all cores in each."""
     names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
