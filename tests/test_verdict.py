@@ -413,7 +413,7 @@ def test_pruned_settings_rank_below_complete_ones_by_the_rung_they_reached(plan)
     assert found["settings"][3]["state"] == "pruned" and found["settings"][3]["step"] == 50
     assert found["settings"][3]["mean"] is None and found["settings"][3]["mean_at_rung"] == 4.0
     assert found["settings"][6]["mean_at_rung"] is None
-    assert "4 of 8 settings were pruned at step 10 and 50. They rank below complete ones" in found["verdict"]
+    assert "Pruned at step 10 and 50: 4 of 8 settings. They rank below complete ones" in found["verdict"]
     rows = verdict.table(made, results(made, values))
     assert re.search(r"^optim.lr = 0.001 +4 +pruned at step 50$", rows[3])
     assert re.search(r"^optim.lr = 1.0 +- +pruned at step 10, 1 failed$", rows[6])

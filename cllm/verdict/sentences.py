@@ -128,7 +128,8 @@ def _headline(sweep, name, n, n_others, differences):
     if n <= 2:
         return f"Not decided, as {seeds} can hardly decide anything: {first}."
     if not apart:
-        return f"Not decided by {seeds}: {first}, but the data do not separate it from the others."
+        rest = "the other" + "s" * (n_others > 1)
+        return f"Not decided by {seeds}: {first}, but the data do not separate it from {rest}."
     if len(apart) < len(differences):
         return f"Confirmed with {seeds}: {first}; the data separate it from {_names(sweep, apart)} only."
     return f"Confirmed with {seeds}: {name} is the best of {n_others + 1} confirmed settings."
@@ -260,8 +261,8 @@ def warnings(sweep, found):
     if pruned:
         steps = " and ".join(f"{step:,}" for step in sorted({entry["step"] for entry in pruned}))
         lines.append(
-            f"{len(pruned)} of {len(found['settings'])} settings were pruned at step {steps}. They rank "
-            "below complete ones; what they would have reached is not known."
+            f"Pruned at step {steps}: {len(pruned)} of {len(found['settings'])} settings. They rank below "
+            "complete ones; what they would have reached is not known."
         )
     if found["at"] == "best":
         lines.append('at = "best" takes the best of each trial\'s evaluations: frequent evaluation flatters.')
