@@ -304,6 +304,7 @@ def test_one_seed_has_no_interval_and_that_is_said_first(plan):
     assert "±" not in found["verdict"] and "separate" not in found["verdict"]
     assert found["settings"][0]["standard_error"] is None and found["settings"][0]["interval"] is None
     assert found["comparisons"][0]["apart"] is None
+    assert conclude(plan(2, [0]), [[1.5], [1.5]])["comparisons"][0]["apart"] is None  # equal, but by one seed
 
 
 def test_two_seeds_claim_nothing(plan):
@@ -381,7 +382,9 @@ def test_huge_and_tiny_values_are_judged_like_others(plan, scale):
 
 def test_settings_with_failed_seeds_rank_last_whatever_their_survivors_reached(plan):
     made, values = plan(), [[1.0, None, 1.0], [2.0, 2.1, 2.2], [None, None, None]]
-    assert order(made, values) == [1, 0, 2]
+    standings = verdict.ranking(made, results(made, values))
+    assert [standing.setting for standing in standings] == [1, 0, 2]
+    assert [(s.mean, s.standard_error) for s in standings[1:]] == [(None, None)] * 2
     found = conclude(made, values)
     assert [entry["mean"] for entry in found["settings"]] == [pytest.approx(2.1), None, None]
     assert [entry["finished"] for entry in found["settings"]] == ["3/3", "2/3", "0/3"]
