@@ -5,6 +5,7 @@ sections and keys, types, NaN, and what holds between sections. Keys are dotted,
 value is an InputError of one sentence that names the key, its value and what is allowed.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -248,7 +249,7 @@ def from_dict(nested):
             values = _gather_arguments(values)
         elif section == "task":
             values = _gather_task_arguments(values)
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         for name, value in values.items():
             if f"{section}.{name}" not in _HIDDEN:
                 values[name] = _typed(value, hints[name], f"{section}.{name}")
@@ -273,7 +274,7 @@ def parse_value(text, key=None):
     """
     if key is not None:
         section, _, name = key.partition(".")
-        if section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(name) is str:
+        if section in SECTIONS and _hints(SECTIONS[section]).get(name) is str:
             return text
     try:
         parsed = tomllib.loads(f"value = {text}")
@@ -333,7 +334,7 @@ def _keys(section, optimizer=None):
 
 def _gather_arguments(values):
     """[optim]'s flat keys as OptimConfig's fields: the chosen optimizer's own go to `arguments`."""
-    own = typing.get_type_hints(OptimConfig)
+    own = _hints(OptimConfig)
     values = {"name": OptimConfig().name, **values}
     name = _typed(values["name"], own["name"], "optim.name")
     hints = optimizer_arguments(name)
@@ -411,6 +412,11 @@ def notes(config):
 
 def optimizer_arguments(name):
     """An optimizer's own arguments and their types, which its constructor's annotations or defaults show."""
+    # A sweep asks for the built-in ones' tens of thousands of times; a user's file may change.
+    return _cached_arguments(name) if name in optim.BY_NAME else _arguments_of(name)
+
+
+def _arguments_of(name):
     hints = {}
     for key, parameter in optim.arguments(name).items():
         hint = parameter.annotation
@@ -422,10 +428,14 @@ def optimizer_arguments(name):
     return hints
 
 
+_cached_arguments = functools.cache(_arguments_of)
+_hints = functools.cache(typing.get_type_hints)  # of a section's class
+
+
 def takes_integers(key):
     """Whether a dotted key holds whole numbers only; None where a function or class of the user's decides."""
     section, _, name = key.partition(".")
-    hints = dict(typing.get_type_hints(SECTIONS[section])) if section in SECTIONS else {}
+    hints = dict(_hints(SECTIONS[section])) if section in SECTIONS else {}
     if section == "optim":
         for optimizer in optim.BY_NAME:
             hints = {**optimizer_arguments(optimizer), **hints}
@@ -627,7 +637,7 @@ def describe():
     defaults = flatten(to_dict(Config()))
     rows = []
     for section, cls in SECTIONS.items():
-        hints = dict(typing.get_type_hints(cls))
+        hints = dict(_hints(cls))
         if section == "optim":
             for name in optim.BY_NAME:
                 hints = {**optimizer_arguments(name), **hints}
