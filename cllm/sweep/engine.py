@@ -156,7 +156,7 @@ def _work(pipe):
         with plain_notes():
             while True:
                 pipe.send(perform(pipe.recv(), pipe.send, REPORT_INTERVAL))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, OSError, KeyboardInterrupt):
         return
 
 
