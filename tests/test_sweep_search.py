@@ -468,11 +468,12 @@ def test_time_is_that_of_the_stages_on_so_many_workers(tiny, tmp_path, costs):
 
 
 def test_shapes_that_there_is_no_time_for_are_judged_by_their_size(tiny, tmp_path, costs, monkeypatch):
-    costs(lambda config: (0.0, 1e-3 * config.model.n_layer, 0.0))
-    monkeypatch.setattr(forecasting, "SECONDS", -1.0)  # only the largest is measured
-    plan = tiny('[sweep]\nseeds = [0]\n[[space]]\n"model.n_layer" = [1, 2, 5]\n')
-    lines = sweep.forecast(plan, tmp_path / "out", workers=1)
-    assert rows(lines)["time"].startswith("about 1.6 s")  # 200 steps of 8 layers in all
+    costs(lambda config: (0.0, 1e-3 * config.model.n_layer, 0.1 * config.model.n_layer))
+    monkeypatch.setattr(forecasting, "SECONDS", -1.0)  # only one is measured: the largest, not the longest
+    space = '[[space]]\n"model.n_layer,train.max_steps" = [[1, 4000], [2, 200], [5, 200]]\n'
+    lines = sweep.forecast(tiny(f"[sweep]\nseeds = [0]\n{space}"), tmp_path / "out", workers=1)
+    # Steps: 4 + 0.4 + 1 s; evaluations: 80 of 0.1 s, 4 of 0.2 s, 4 of 0.5 s.
+    assert rows(lines)["time"].startswith("about 16 s")
     assert "a step takes 5 ms: 1 of 3 shapes measured, the others judged by their size" in "\n".join(lines)
 
 
@@ -489,17 +490,18 @@ def test_rounds_that_are_not_proposed_yet_count(tiny, tmp_path, costs):
 
 def test_what_is_finished_already_takes_no_time(tiny, tmp_path, costs):
     costs(lambda config: (0.0, 0.01, 0.0))
-    plan = tiny(f"[sweep]\nseeds = [0, 1]\n{ONE}")
+    plan = tiny(f"[sweep]\nseeds = [0, 1, 2, 3]\n{ONE}")
     out = tmp_path / "out"
     out.mkdir()
     (out / "sweep.toml").write_text(config.to_toml(plan.resolved()))
     done = {trial.name: sweep.Result(trial) for trial in plan.trials()}
-    done["s000-seed0"] = sweep.Result(plan.trials()[0], "finished", 200, 2.0)
+    for trial, state, step in zip(plan.trials(), ("finished", "failed", "finished"), (200, 200, 100)):
+        done[trial.name] = sweep.Result(trial, state, step)
     (out / "results.csv").write_text(results.table(plan, done))
     (out / "settings.json").write_text(json.dumps(plan.settings))
     found = rows(sweep.forecast(plan, tmp_path / "out", workers=2))
     assert found["finished"].startswith("1 of these trials")
-    assert found["time"].startswith("about 2.0 s on this machine, 1 at once")
+    assert found["time"].startswith("about 4.0 s on this machine, 2 at once")
     with pytest.raises(InputError, match="holds another sweep"):
         sweep.forecast(tiny(ONE.replace("1e-3", "1e-2")), out)
 

@@ -108,8 +108,7 @@ def _played(sweep):
     if sweep.config.method == "tpe":  # points of its sequence stand for settings that are not proposed yet
         known = set(map(spaces.key, settings))
         more = spaces.sampled(sweep.blocks, "qmc", sweep.config.trials, sweep.config.sampler_seed)
-        more = [setting for setting in more if spaces.key(setting) not in known]
-        settings += more[: sweep.config.trials - len(sweep.numbers)]
+        settings += [setting for setting in more if spaces.key(setting) not in known]
     sweep, results, lists = replace(sweep, settings=settings), {}, []
 
     def value_at(trial, step):
