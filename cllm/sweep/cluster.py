@@ -106,7 +106,8 @@ class Cluster:
     @property
     def n_workers(self):
         """Threads of all workers: so many trials can run at once, at present."""
-        return sum(worker["nthreads"] for worker in self.client.scheduler_info()["workers"].values())
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return sum(worker["nthreads"] for worker in workers)
 
     def run(self, orders, tell):
         """Train the trials of `orders`, see `engine.Processes.run`."""
