@@ -548,6 +548,8 @@ def test_a_confirmed_best_is_called_so_when_the_data_separate_it_from_all_others
     found = conclude(plan(4, fresh=range(10, 15)), SEARCH, fresh)
     first = "Confirmed with 5 fresh seeds: optim.lr = 0.0001 is the best of 2 confirmed settings."
     assert found["verdict"].startswith(first)
+    luckier = conclude(plan(4, fresh=range(10, 15)), SEARCH, {0: [1.9, 1.92, 1.94, 1.93, 1.9]})
+    assert "On the seeds that chose it, it had 2.100 ± 0.058.\n" in luckier["verdict"]
 
 
 def test_a_setting_that_loses_a_fresh_seed_is_confirmed_last_and_not_compared(plan):
