@@ -287,6 +287,16 @@ def _parser():
     sub.add_argument("--dry-run", action="store_true", help="list the trials, estimate time and memory")
 
     sub = command(
+        _status,
+        "say how far a sweep is",
+        "Tell from a sweep's files how far it is, which trials run, what is best so far; from any shell, "
+        "while it runs or afterwards.",
+        "cllm status runs/lr_sweep",
+        "watch cllm status runs/lr_sweep",
+    )
+    sub.add_argument("directory", metavar="SWEEP", help="a sweep's directory")
+
+    sub = command(
         _plot,
         "draw the figures of runs or sweeps",
         "Draw loss curves, and for a sweep its objective against what it varied, as PNG and SVG.",
@@ -450,7 +460,7 @@ def _train(options):
         wanted = config.load(options.config, options.overrides)
     for note in config.notes(wanted) if units.rank == 0 else ():
         print(f"cllm: note: {note}", file=sys.stderr)
-    return _status(train.Trainer(wanted, **name).fit())
+    return _exit_status(train.Trainer(wanted, **name).fit())
 
 
 def _resume(options):
@@ -461,10 +471,10 @@ def _resume(options):
             f"{options.directory} is finished after {summary['step']} steps and left as it is; to go on, "
             f"where the schedule allows that: {_command()} resume {longer}"
         )
-    return _status(summary)
+    return _exit_status(summary)
 
 
-def _status(summary):
+def _exit_status(summary):
     """The exit status of a run: 1 when it failed, such as by a loss that is no longer finite."""
     return {"finished": 0, "interrupted": TIMED_OUT}.get(summary["state"], 1)
 
@@ -490,6 +500,13 @@ def _sweep(options):
     except KeyboardInterrupt:
         return _complain("interrupted; the same command again continues the sweep", 130)
     return 0 if summary["trials"]["finished"] else 1
+
+
+def _status(options):
+    from cllm import status
+
+    print("\n".join(status.lines(options.directory)))
+    return 0
 
 
 def _plot(options):
@@ -666,7 +683,7 @@ Files go to {Path("runs").resolve()}; what is finished there is reused."""
     except KeyboardInterrupt:
         again = f"{command} quickstart{' --short' if options.short else ''}"
         return _complain(f"interrupted; the same command goes on where this stopped: {again}", 130)
-    if status := _status(summary):
+    if status := _exit_status(summary):
         return status
 
     _heading(4, "sample")

@@ -7,13 +7,13 @@ from cllm import config as configs
 from cllm import records, schedules
 from cllm.errors import InputError
 from cllm.files import rename, write_atomic
-from cllm.sweep.plan import Sweep, numbered
-from cllm.sweep.results import trained
+from cllm.sweep.plan import ConfirmConfig, PruneConfig, Sweep, SweepConfig, numbered
+from cllm.sweep.results import read_table, trained
 from cllm.sweep.worker import wait_until_free
 from cllm.verdict import text
 
 __all__ = [
-    "EARLIER", "adopt", "fit_steps", "known_settings", "refuse_other_use", "steps", "write_new",
+    "EARLIER", "adopt", "contents", "fit_steps", "known_settings", "refuse_other_use", "steps", "write_new",
     "write_settings",
 ]  # fmt: skip
 
@@ -167,3 +167,46 @@ def _same_past(order, was, done):
     if done >= was and looked and (order.judged.at == "best" or train.patience):
         return False
     return schedules.shared_steps(config.schedule, config.optim.lr, was, train.max_steps) >= done
+
+
+# Reading -----------------------------------------------------------------------------------------------
+
+
+def contents(directory):
+    """A sweep's directory as it is at present, from its own few files: for who looks at it.
+
+    Parameters
+    ----------
+    directory : Path
+
+    Returns
+    -------
+    sweep : Sweep
+        With the numbers of settings that count there. Its configurations are not checked again.
+    results : dict of str to Result
+        What results.csv tells, which has no errors in full, no instruction sets and no test values.
+
+    Raises
+    ------
+    InputError
+        When there is no sweep.
+    FileNotFoundError
+        When there is nothing at all.
+    """
+    path = directory / "sweep.toml"
+    if not directory.exists():
+        raise FileNotFoundError(f"no such sweep: {directory}")
+    if not path.is_file():
+        raise InputError(f"{directory} holds no sweep (sweep.toml)")
+    settings = known_settings(directory)
+    results = read_table(directory, settings)
+    there = {result.trial.setting for result in results.values()}
+    left_out = frozenset(range(len(settings))) - there if results else frozenset()
+    nested = configs.read_toml(path)
+    try:
+        config, prune = SweepConfig(**nested["sweep"]), PruneConfig(**nested.get("prune", {}))
+        confirm = ConfirmConfig(**nested["confirm"]) if "confirm" in nested else None
+        sweep = Sweep(config, nested["base"], nested["space"], settings, [], prune, confirm, left_out)
+    except (KeyError, TypeError):
+        raise InputError(f"{path} was not written by a sweep") from None
+    return sweep, results
