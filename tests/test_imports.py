@@ -57,8 +57,8 @@ MAY_IMPORT = {
     },
     "schedules": set(),
     "sweep": {
-        "checkpoint", "config", "files", "kernels", "lifecycle", "optim", "progress", "records", "schedules",
-        "task", "train", "userfile", "verdict", "watch",
+        "checkpoint", "config", "evaluation", "files", "kernels", "lifecycle", "optim", "parallel", "progress",
+        "records", "saved", "schedules", "task", "train", "userfile", "verdict", "watch",
     },
     "task": {"data", "functional", "gpt", "metrics", "records", "rng", "tensor", "userfile"},
     "tensor": {"_core", "kernels", "rng"},
