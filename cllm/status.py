@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from cllm import config as configs
@@ -42,6 +43,10 @@ def lines(directory):
     directory = Path(directory)
     sweep, results = folder.contents(directory)
     owner, summary = _owner(directory), _summary(directory)
+    if owner is None:  # the table was written while somebody did
+        for name, result in results.items():
+            if result.state == "running":
+                results[name] = replace(result, state="paused")
     width = shutil.get_terminal_size().columns
     running = [result for result in results.values() if result.state == "running"]
     if owner is None and summary is not None:
@@ -54,20 +59,15 @@ def lines(directory):
     found = [head, "; ".join(filter(None, (watch.counts(results) or "no trial has begun", left)))]
     if owner is not None:
         rows = [_row(sweep, result, directory) for result in running[:MOST_ROWS]]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        found += ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)) for row in rows]
+        found += watch.columns(rows)
         if len(running) > MOST_ROWS:
             found.append(f"and {len(running) - MOST_ROWS} more are running")
     failed = [result for result in results.values() if result.state == "failed"]
     found += [f"{result.trial.name} failed: {result.error}" for result in failed[:MOST_FAILED]]
     if len(failed) > MOST_FAILED:
         found.append(f"and {len(failed) - MOST_FAILED} more failed")
-    best = watch.best(sweep, results)
-    if best.endswith(tuple("0123456789")) and " at step " in best:
-        found.append(best)
-    elif best:
-        found += ["", *verdict.table(sweep, results, most=MOST_SETTINGS)]
-    found = [_cut(line, width) for line in found]
+    found += _best(sweep, results)
+    found = [watch.cut(line, width) for line in found]
     if summary is not None and owner is None:
         found += ["", verdict.wrap(summary["verdict"], width)]
     return found
@@ -98,6 +98,25 @@ def _summary(directory):
         raise InputError(f"{path} is not a JSON file: {error}") from None
 
 
+def _best(sweep, results):
+    """The first settings of the ranking as lines, the confirmed ones before; or what is best at a rung."""
+    found = []
+    for title, ranked in (
+        ("confirmed with fresh seeds:", verdict.confirmed(sweep, results)),
+        (f"best so far by {sweep.config.objective}:", verdict.ranking(sweep, results)),
+    ):
+        rows = [
+            (
+                f"  {verdict.plus_minus(standing.mean, standing.standard_error)}",
+                f"{standing.finished} finished",
+                watch.short(sweep, standing.setting),
+            )
+            for standing in ranked[:MOST_SETTINGS] if standing.complete
+        ]  # fmt: skip
+        found += [title, *watch.columns(rows)] if rows else []
+    return found or list(filter(None, [watch.best(sweep, results)]))
+
+
 def _left(sweep, results, n_running):
     """How long it takes at most, by the seconds and steps of the trials that have ended; in words."""
     ended = [result for result in results.values() if result.seconds and result.step]
@@ -126,7 +145,7 @@ def _row(sweep, result, directory):
     loss = f"{losses[-1]:.3f}" if losses and losses[-1] is not None else ""
     step = max(step, result.step)
     left = duration(seconds * (goal - step)) if seconds else ""
-    return name, f"{step}/{goal}", spark, loss, left, sweep.describe(result.trial.setting)
+    return name, f"{step}/{goal}", spark, loss, left, watch.short(sweep, result.trial.setting)
 
 
 def _progress(run_dir):
@@ -149,7 +168,3 @@ def _progress(run_dir):
         return 0, [], 0.0
     times = [value for record in records for key, value in record.items() if key.startswith("time_")]
     return records[-1]["step"], [record.get("loss") for record in records], sum(times) / len(records)
-
-
-def _cut(line, width):
-    return line if len(line) <= width else line[: width - 1] + "…"

@@ -6,7 +6,6 @@ a few times a second, `ended(result)` after each trial, `note(text)` for what ha
 once. `results` is the sweep's own dict {trial name: `sweep.Result`}, which fills as trials end.
 """
 
-import shutil
 import sys
 import time
 from collections import Counter
@@ -15,7 +14,9 @@ from time import monotonic
 from cllm import verdict
 from cllm.progress import duration
 
-__all__ = ["Lines", "Table", "best", "choose", "counts", "sparkline"]
+__all__ = [
+    "Lines", "Table", "best", "choose", "columns", "counts", "cut", "short", "sparkline", "until",
+]  # fmt: skip
 
 HEARTBEAT = 30.0  # seconds without a line after which plain lines say what is running
 REFRESH = 2  # drawings of the live table in a second
@@ -49,7 +50,7 @@ def best(sweep, results):
     first = next(iter(verdict.ranking(sweep, results)), None)
     if first is not None and first.complete:
         value = verdict.plus_minus(first.mean, first.standard_error)
-        return f"best so far: {sweep.describe(first.setting)}, {sweep.config.objective} {value}"
+        return f"best so far: {sweep.config.objective} {value}, {short(sweep, first.setting)}"
     by_rung = {}
     for result in results.values():
         if result.value is not None:
@@ -60,7 +61,26 @@ def best(sweep, results):
         return ""
     step, setting = min(whole, key=lambda key: (-key[0], sign * sum(whole[key]) / len(whole[key]), key))
     mean = sum(whole[step, setting]) / len(whole[step, setting])
-    return f"best so far: {sweep.describe(setting)}, {sweep.config.objective} {mean:.4f} at step {step}"
+    value = f"{sweep.config.objective} {mean:.4f} at step {step}"
+    return f"best so far: {value}, {short(sweep, setting)}"
+
+
+def short(sweep, setting):
+    """A setting in few words, "lr=0.003 name=sgd": keys without their sections where no two are alike."""
+    values, keys = sweep.settings[setting], sweep.varied()
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    names = {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in keys}
+    return " ".join(f"{names[key]}={verdict.text(values[key])}" for key in keys if key in values)
+
+
+def columns(rows):
+    """Rows of cells as lines, each column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(n) for cell, n in zip(row, widths)).rstrip() for row in rows]
+
+
+def cut(line, width):
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def sparkline(values, width=WIDTH, blocks=BLOCKS):
@@ -135,6 +155,9 @@ class Lines:
         self.steps_done = 0
         self.steps_all = sum(max(0, self.goals[name] - begin) for name, begin in self.begins.items())
         kept = f"{_plural(self.n_done, 'trial')} of {self.n_all} done already and kept" if self.n_done else ""
+        self.tell_stage(kept)
+
+    def tell_stage(self, kept):
         if self.words or kept:
             self.say("; ".join(filter(None, (self.words, kept))))
 
@@ -193,14 +216,17 @@ class Lines:
 
     def line(self, result):
         """One trial's end in words."""
-        trial, objective = result.trial, self.sweep.config.objective
-        outcome = f"failed: {' '.join(result.error.split())}"
-        if result.state != "failed":
-            rung = f" at step {result.step}" if result.state == "paused" else ""
-            tested = "" if result.test is None else f", on test {result.test:.4f}"
-            outcome = f"{objective} {result.value:.4f}{rung}{tested}, {duration(result.seconds)}"
-        place = f"[{self.n_done:{len(str(self.n_all))}}/{self.n_all}]"
-        return f"{place} {trial.name} ({self.sweep.describe(trial.setting)}): {outcome}; {self.left()}"
+        place, trial = f"[{self.n_done:{len(str(self.n_all))}}/{self.n_all}]", result.trial
+        words = f"{trial.name} ({self.sweep.describe(trial.setting)}): {self.outcome(result)}"
+        return f"{place} {words}; {self.left()}"
+
+    def outcome(self, result):
+        if result.state == "failed":
+            return f"failed: {' '.join(result.error.split())}"
+        rung = f" at step {result.step}" if result.state == "paused" else ""
+        tested = "" if result.test is None else f", on test {result.test:.4f}"
+        value = f"{self.sweep.config.objective} {result.value:.4f}"
+        return f"{value}{rung}{tested}, {duration(result.seconds)}"
 
     def left(self):
         """The time that the remaining steps of the stage take at the rate so far, in words."""
@@ -214,7 +240,7 @@ class Lines:
 class Table(Lines):
     """A live table: the stage, the running trials, those that ended last, the best so far.
 
-    Failures and what else must not be missed stay above it.
+    Failures and what else must not be missed stay above it, and so do stages that are over.
     """
 
     def start(self, sweep, directory, results, n_workers):
@@ -222,16 +248,29 @@ class Table(Lines):
         from rich.live import Live
 
         self.console = Console(highlight=False, markup=False)
-        unicode = (self.console.encoding or "").lower().startswith("utf")
-        self.blocks = BLOCKS if unicode else PLAIN_BLOCKS
+        self.unicode = (self.console.encoding or "").lower().startswith("utf")
         self.losses = {}  # trial name -> the losses that it told of, in order
-        self.since = {}  # trial name -> when it began, and from which step
-        self.last = []  # results that came last
-        self.best, self.best_due = "", 0.0
+        self.since = {}  # trial name -> when it took its first step here, and which
+        self.last = []  # results that came last, in this stage
+        self.best, self.best_due, self.stage_began = "", 0.0, 0.0
         super().start(sweep, directory, results, n_workers)
         self.live = Live(self, console=self.console, refresh_per_second=REFRESH, transient=True)
         if n_workers:
             self.live.start()
+
+    def stage(self, orders, left):
+        self.stage_over()
+        super().stage(orders, left)
+        self.stage_began = monotonic()
+        self.last = []
+
+    def tell_stage(self, kept):
+        if kept:
+            self.say(kept)
+
+    def stage_over(self):
+        if self.words:
+            self.say(f"{self.words} ({duration(monotonic() - self.stage_began)})")
 
     def step(self, trial, step, loss):
         self.count(trial.name, step)
@@ -246,7 +285,7 @@ class Table(Lines):
     def ended(self, result):
         self.count_ended(result)
         if result.state == "failed":
-            self.say(self.line(result))
+            self.say(f"{result.trial.name} ({self.setting(result)}): {self.outcome(result)}")
         self.last = [result, *self.last[: MOST_ROWS - 1]]
         shown = {*self.running, *(result.trial.name for result in self.last)}
         self.losses = {name: losses for name, losses in self.losses.items() if name in shown}
@@ -254,36 +293,38 @@ class Table(Lines):
 
     def end(self, text):
         self.live.stop()
-        super().end(text)
+        self.stage_over()
+        *lines, last = text.split("\n")  # what is long in them are the rows of a table; the last is a path
+        width = max(80, self.console.width)
+        self.console.print("\n".join([*(cut(line, width) for line in lines), last]), soft_wrap=True)
 
     def say(self, text):
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text)
 
     def __rich__(self):
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table as Grid
+        from rich.text import Text
 
-        width = min(self.console.width, 100)
-        total = Grid.grid(padding=(0, 1))
-        bar = ProgressBar(self.steps_all or 1, self.steps_done, width=max(10, width - 58))
-        total.add_row(f"{self.n_done}/{self.n_all} trials", bar, self.left())
-        rows = Grid.grid(padding=(0, 1))
-        for _ in range(6):
-            rows.add_column(no_wrap=True)
-        rows.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        most = max(2, min(MOST_ROWS, shutil.get_terminal_size().lines - 8))
+        width = self.console.width
+        text = "\n".join(cut(line, width) for line in self.drawing(width, self.console.height))
+        return Text(text, no_wrap=True, overflow="crop")
+
+    def drawing(self, width, height):
+        """The table as lines; the last column may be longer than the terminal is wide."""
+        n, left = f"{self.n_done}/{self.n_all} trials ", f" {self.left()}"
+        long = max(10, min(40, width - len(n) - len(left)))
+        done = long * self.steps_done // max(1, self.steps_all)
+        bar = "━" * done + "╌" * (long - done) if self.unicode else "#" * done + "." * (long - done)
+        most = max(2, min(MOST_ROWS, height - 6))
         running = list(self.running.items())
-        for name, step in running[:most]:
-            rows.add_row(*self.running_row(name, step))
-        for result in self.last[: max(0, most - len(running))]:
-            rows.add_row(*self.ended_row(result))
-        below = [f"and {len(running) - most} more are running"] if len(running) > most else []
+        rows = [self.running_row(name, step) for name, step in running[:most]]
+        rows += [self.ended_row(result) for result in self.last[: max(0, most - len(running))]]
+        more = f"and {len(running) - most} more are running" if len(running) > most else ""
         if monotonic() > self.best_due:  # it takes a while where there are thousands of trials
             began = monotonic()
             self.best = best(self.sweep, self.results)
             self.best_due = monotonic() + max(0.5, 200 * (monotonic() - began))
-        return Group(*filter(None, (self.words, total, rows, *below, self.best, counts(self.results))))
+        lines = (self.words, n + bar + left, *columns(rows), more, self.best, counts(self.results))
+        return list(filter(None, lines))
 
     def running_row(self, name, step):
         losses = self.losses.get(name, ())
@@ -292,12 +333,15 @@ class Table(Lines):
         left = ""
         if step > first:
             left = duration((monotonic() - began) * (self.goals[name] - step) / (step - first))
-        spark = sparkline(losses, blocks=self.blocks)
-        setting = self.sweep.describe(self.results[name].trial.setting)
-        return name, "running", f"{step}/{self.goals[name]}", spark, loss, left, setting
+        setting = self.setting(self.results[name])
+        return name, "running", f"{step}/{self.goals[name]}", self.spark(name), loss, left, setting
 
     def ended_row(self, result):
-        name, setting = result.trial.name, self.sweep.describe(result.trial.setting)
-        spark = sparkline(self.losses.get(name, ()), blocks=self.blocks)
-        value = "" if result.value is None else f"{result.value:.3f}"
-        return name, result.state, str(result.step), spark, value, "", setting
+        name, value = result.trial.name, "" if result.value is None else f"{result.value:.3f}"
+        return name, result.state, str(result.step), self.spark(name), value, "", self.setting(result)
+
+    def spark(self, name):
+        return sparkline(self.losses.get(name, ()), blocks=BLOCKS if self.unicode else PLAIN_BLOCKS)
+
+    def setting(self, result):
+        return short(self.sweep, result.trial.setting)
