@@ -202,6 +202,7 @@ def test_wrapping_breaks_at_blanks_only(text):
     assert wrapped.split() == text.split()
     for line in wrapped.splitlines():
         assert len(line) <= 20 or " " not in line.strip()
+    assert verdict.wrap("one two-three four-five", 12) == "one\n  two-three\n  four-five"
 
 
 # A sweep whose results are made up -------------------------------------------------------------------
