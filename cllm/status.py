@@ -50,13 +50,13 @@ def lines(directory):
     width = shutil.get_terminal_size().columns
     running = [result for result in results.values() if result.state == "running"]
     if owner is None and summary is not None:
-        head = f"{directory}: finished in {duration(summary['seconds'])}"
+        state = f"finished in {duration(summary['seconds'])}"
     elif owner is not None:
-        head = f"{directory}: running, {owner}"
+        state = f"running, {owner}"
     else:
-        head = f"{directory}: stopped; the command that started it goes on with it"
+        state = "stopped; the command that started it goes on with it"
     left = _left(sweep, results, len(running)) if owner is not None else ""
-    found = [head, "; ".join(filter(None, (watch.counts(results) or "no trial has begun", left)))]
+    found = [state, "; ".join(filter(None, (watch.counts(results) or "no trial has begun", left)))]
     if owner is not None:
         rows = [_row(sweep, result, directory) for result in running[:MOST_ROWS]]
         found += watch.columns(rows)
@@ -67,7 +67,7 @@ def lines(directory):
     if len(failed) > MOST_FAILED:
         found.append(f"and {len(failed) - MOST_FAILED} more failed")
     found += _best(sweep, results)
-    found = [watch.cut(line, width) for line in found]
+    found = [str(directory), *(watch.cut(line, width) for line in found)]
     if summary is not None and owner is None:
         found += ["", verdict.wrap(summary["verdict"], width)]
     return found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -143,18 +144,18 @@ class Quiet:
         self.text = text
 
 
+def make_plan(folder, source, head="", space=SPACE, tail="", **overrides):
+    """A sweep of a text, made of parts of its file and overrides of base.SECTION.KEY."""
+    path = folder / "plan.toml"
+    text = f"[sweep]\nseeds = [0, 1]\n{head}\n{BASE.format(source=source)}\n{tail}\n{space}"
+    path.write_text(text, encoding="utf-8")
+    overrides = {f"base.{key.replace('__', '.')}": value for key, value in overrides.items()}
+    return sweep.Sweep.load(path, overrides)
+
+
 @pytest.fixture
 def plan(tmp_path, text_file):
-    """A sweep of the text, made of parts of its file and overrides of base.SECTION.KEY."""
-
-    def plan(head="", space=SPACE, tail="", **overrides):
-        path = tmp_path / "plan.toml"
-        text = f"[sweep]\nseeds = [0, 1]\n{head}\n{BASE.format(source=text_file)}\n{tail}\n{space}"
-        path.write_text(text, encoding="utf-8")
-        overrides = {f"base.{key.replace('__', '.')}": value for key, value in overrides.items()}
-        return sweep.Sweep.load(path, overrides)
-
-    return plan
+    return partial(make_plan, tmp_path, text_file)
 
 
 def go(plan, directory, workers=1, **options):
@@ -565,7 +566,11 @@ def test_the_table_can_be_read_back(plan, tmp_path):
         assert (result.trial, result.state, result.step) == (there.trial, there.state, there.step)
         assert result.value == there.value and result.seconds == pytest.approx(there.seconds, abs=0.01)
     assert sweep_results.read_table(tmp_path, plan.settings) == {}
-    for text, words in (("", "is not a sweep's table"), ("setting,seed\n1,2\n", "its line 2")):
+    head = "setting,seed,state,step,val.loss,error,seconds\n"
+    for text, words in (
+        ("", "is not a sweep's table"), ("setting,seed\n1,2\n", "is not a sweep's table"),
+        (f"{head}0,0,ended,3,,,\n", "its line 2"), (f"{head}0,0,pending,0,,,\n9,0,pending,0,,,\n", "its line 3"),
+    ):  # fmt: skip
         (tmp_path / "results.csv").write_text(text)
         with pytest.raises(InputError, match=words):
             sweep_results.read_table(tmp_path, plan.settings)

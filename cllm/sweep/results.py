@@ -182,6 +182,8 @@ def read_table(directory, settings):
     except (ValueError, csv.Error):
         raise InputError(f"{path} is not a sweep's table") from None
     found = {}
+    if head[:2] != ["setting", "seed"] or head[-1] != "seconds":
+        raise InputError(f"{path} is not a sweep's table")
     try:
         for row in rows:
             number, seed = int(row[0]), int(row[1])
