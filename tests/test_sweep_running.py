@@ -569,7 +569,8 @@ def test_the_table_can_be_read_back(plan, tmp_path):
     head = "setting,seed,state,step,val.loss,error,seconds\n"
     for text, words in (
         ("", "is not a sweep's table"), ("setting,seed\n1,2\n", "is not a sweep's table"),
-        (f"{head}0,0,ended,3,,,\n", "its line 2"), (f"{head}0,0,pending,0,,,\n9,0,pending,0,,,\n", "its line 3"),
+        (f"{head}0,0,ended,3,,,\n", "its line 2"),
+        (f"{head}0,0,pending,0,,,\n9,0,pending,0,,,\n", "its line 3"),
     ):  # fmt: skip
         (tmp_path / "results.csv").write_text(text)
         with pytest.raises(InputError, match=words):
