@@ -1,4 +1,4 @@
-# make quickstart | test | parity | isas | sanitize | instructions | lint | bench | clean.  Each target sets .venv up by itself.
+# make quickstart | test | parity | isas | sanitize | robustness | instructions | lint | bench | clean.  Each target sets .venv up by itself.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(shell find cllm -name '*.pyx' -o -name
 # Prints the requirements of one extra, a line each, so that adding it does not compile the kernels again.
 EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
-.PHONY: quickstart test parity isas sanitize instructions lint bench clean
+.PHONY: quickstart test parity isas sanitize robustness instructions lint bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/cllm quickstart
@@ -27,6 +27,12 @@ isas: $(VENV)/installed $(VENV)/extra-test
 
 sanitize: $(VENV)/installed $(VENV)/extra-test
 	tests/sanitize.sh $(BIN)/python
+
+robustness: $(VENV)/installed $(VENV)/extra-test
+	$(BIN)/python tests/batch_stress.py 60
+	$(BIN)/python tests/kills.py 100
+	$(BIN)/python tests/corruptions.py 5000
+	$(BIN)/python tests/soak.py 60
 
 instructions: $(VENV)/installed
 	$(BIN)/python tests/instructions.py

@@ -323,14 +323,15 @@ def _parser():
     sub = command(
         _eval,
         "measure a trained model",
-        "Print the loss and the metrics of a run's model on all of its validation split, or of another text.",
+        "Print the loss and the metrics of a run's model on all of its evaluations, as a rule its validation "
+        "split, on another split or another text.",
         "cllm eval runs/char --split test --metrics accuracy,bits_per_byte",
         "cllm eval runs/char --data.source notes.txt --checkpoint best",
     )
     sub.add_argument("directory", metavar="RUN", help="a run's directory")
     sub.add_argument("--data.source", dest="source", metavar="PATH", help="a text, in the run's tokens")
     sub.add_argument(
-        "--split", metavar="NAME", help="train, val, test or an evaluation's name (all of these)"
+        "--split", metavar="NAME", help="train, val, test or an evaluation's name (all evaluations)"
     )
     sub.add_argument("--metrics", metavar="A,B", help="besides those of the run's config")
     sub.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
@@ -543,8 +544,9 @@ def _eval(options):
         if options.metrics else (),
     )  # fmt: skip
     for split, values in found.items():
+        step = values.pop("step")
         shown = ", ".join(f"{name} {_number(value)}" for name, value in values.items())
-        print(f"{split}: {shown}")
+        print(f"step {step}: {split} {shown}")
     return 0
 
 

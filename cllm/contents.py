@@ -1,10 +1,11 @@
 """What a run's checkpoints hold, in words: `cllm inspect`."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from cllm import arrays, checkpoint, files, records
+from cllm import arrays, checkpoint, files, guard, records
 from cllm.errors import InputError
 from cllm.progress import duration, thousands
 
@@ -43,17 +44,21 @@ def lines(run_dir, which="last"):
     whole, rows = {}, []
     best = None
     for path in paths:
-        row = f"  step {checkpoint.step_of(path):<12} {_megabytes(path):>10}  "
+        row = f"  step {checkpoint.step_of(path):<9} {_megabytes(path):>9}  "
         try:
             found = whole[path] = checkpoint.entry(checkpoint.verify(path))
-            losses = [f"{key} {value:.4f}" for key, value in _losses(found["state"]).items()]
+            losses = _losses(found["state"]).items()
+            losses = [f"{key} {value:.4f}" for key, value in losses if key != "train loss"]
             if (found["state"].get("best") or {}).get("step") == found["step"]:
                 best = path
             rows.append([row + ", ".join(["verified", *losses]), path])
         except (InputError, OSError) as error:
             rows.append([f"{row}damaged: {files.why(error) if isinstance(error, OSError) else error}", path])
-    state = records.Run(run_dir).state
-    out = [f"{run_dir}: {state}", "checkpoints"]
+    out = [f"{run_dir}: {records.Run(run_dir).state}"]
+    if wrong := [str(checkpoint.step_of(path)) for path in guard.incidents(run_dir)]:
+        steps = f"step{'s' * (len(wrong) > 1)} {', '.join(wrong)}"
+        out.append(f"went wrong in {steps}; for a closer look: cllm replay {run_dir} --step {wrong[-1]}")
+    out.append("checkpoints")
     out += [row + ", the best" * (path == best) for row, path in rows]
     chosen = best if which == "best" else next(
         (path for path in reversed(paths) if path in whole and which in ("last", checkpoint.step_of(path))),
@@ -88,13 +93,18 @@ def _details(path, state):
             rows.append((key, f"the states of {len(state[key])}"))
     if state.get("state") is not None:
         rows.append(("state", f"of the loop's own: {', '.join(state['state']) or 'empty'}"))
-    out = [f"  {label:14} {text}" for label, text in rows]
+    out = [line for row in rows for line in _wrapped(*row)]
     out += ["", f"model: {_sum(model.values())}", *_table(model)]
     kinds = {}
     for name, (dtype, shape) in optimizer.items():
         kinds.setdefault(name.rpartition(".")[0] or name, []).append((dtype, shape))
     out += ["", f"optimizer: {_sum(optimizer.values())}" if optimizer else "optimizer: nothing"]
     return out + [f"  {name:14} {_sum(found)}" for name, found in kinds.items()]
+
+
+def _wrapped(label, text, width=80):
+    head = f"  {label:12} "
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def _table(found):
@@ -124,7 +134,8 @@ def _losses(state):
 
 
 def _said(values):
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
 
 
 def _megabytes(path):

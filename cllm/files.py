@@ -124,7 +124,7 @@ def rename(source, target):
 
 def make_folder(path):
     """Make a folder where there is none. OSError names it."""
-    with _naming(path), suppress(FileExistsError):
+    with suppress(FileExistsError):
         os.mkdir(path)
 
 

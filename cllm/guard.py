@@ -97,6 +97,8 @@ class Guard:
 def save_incident(run_dir, step, weights, batches, facts, keep=GuardConfig.keep):
     """Keep a step that went wrong, and delete all but the last `keep` ones.
 
+    After going back a step may go wrong again, with another batch, which is then kept in its place.
+
     Parameters
     ----------
     run_dir : path-like

@@ -148,17 +148,18 @@ class Lifecycle:
     def _run(self):
         """Train from the current step to the last; write the summary; let go of the directory."""
         try:
-            summary = self._trained()
+            summary, ended_by = self._trained()
         finally:
             if self.lock is not None:
                 self.lock.release()
-        if summary.get("stopped_by") == "SIGINT":
+        if ended_by == "SIGINT":
             raise KeyboardInterrupt
-        if summary.get("stopped_by") == "SIGTERM":
+        if ended_by == "SIGTERM":
             raise SystemExit(TERMINATED)
         return summary
 
     def _trained(self):
+        """The summary, and the signal or limit that ended the run or came while it ended."""
         leading = self.units.rank == 0
         with self.units.agreeing():
             # Also when a run without a checkpoint is resumed: files may have changed.
@@ -175,12 +176,13 @@ class Lifecycle:
         try:
             kernels.set_num_threads(self.threads)
             with stopping(self.deadline) as stop, self.units.together():
-                reason = self._train(stop)
-            state = "finished" if reason is None else "interrupted"
-            if leading and reason is None:
+                try:
+                    reason = self._train(stop)
+                    state = "finished" if reason is None else "interrupted"
+                except (Diverged, Unsaved) as failure:  # no unit waits for this one
+                    state, error = "failed", str(failure)
+            if leading and state == "finished":
                 self._prune()  # an earlier process may have been killed before it could
-        except (Diverged, Unsaved) as failure:
-            state, error = "failed", str(failure)
         except Exception as other:
             state, error = "failed", f"{type(other).__name__}: {other}"
             raise
@@ -196,7 +198,7 @@ class Lifecycle:
                     summary |= {"state": "failed", "error": f"{said}; then: cllm resume {self.run_dir}"}
             kernels.set_num_threads(threads_before)
             self.shown.end(summary)
-        return summary
+        return summary, reason or stop.signal
 
     # Checkpoints
 

@@ -3,6 +3,8 @@
 import math
 import numbers
 import shutil
+import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from cllm import kernels, records
 from cllm.errors import InputError
+from cllm.files import why
 from cllm.nn import watching
 from cllm.tensor import Tensor
 
@@ -150,10 +153,11 @@ class _Sizes:
 
 
 class TensorBoard:
-    """A callback that writes each record's numbers to event files in RUN/tensorboard.
+    """A callback that writes each record's numbers to an event file in RUN/tensorboard.
 
-    At its first record it writes those that the run has already, in place of earlier files: the series is as
-    continuous as the records are, however often the run was stopped.
+    At its first record it writes those that the run has already, in place of an earlier file: the series is
+    as continuous as the records are, however often the run was stopped. What cannot be written, as on a full
+    disk, is a warning, and ends it.
 
     Raises
     ------
@@ -161,40 +165,74 @@ class TensorBoard:
         When tensorboardX is missing.
     """
 
+    FLUSH = 10.0  # seconds; its own writer has a thread, for whose end it would wait for ever on a full disk
+
     def __init__(self):
         try:
-            import tensorboardX  # noqa: F401
+            from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.record_writer import RecordWriter
         except ImportError as error:
             raise InputError(
                 f"monitor.tensorboard needs tensorboardX ({error}); "
                 'install it: pip install "cllm[tensorboard]"'
             ) from None
-        self.writer = None
+        self.event, self.summary, self.open = event_pb2.Event, summary_pb2.Summary, RecordWriter
+        self.file = None
+        self.failed = False
 
     def __call__(self, trainer, record):
-        if self.writer is None or record["step"] < self.last:  # the run's first, or it went back
-            self._begin(trainer.run_dir)
-        self._write(record)
+        if self.failed:
+            return
+        try:
+            if self.file is None or record["step"] <= self.last.get(record["split"], -1):
+                self._begin(trainer.run_dir)  # the run's first record, or it went back
+                self._flush()
+            self._write(record)
+            if record["split"] != "train" or time.monotonic() - self.flushed > self.FLUSH:
+                self._flush()
+        except OSError as error:
+            self._fail(error)
+
+    def close(self):
+        if self.file is not None and not self.failed:
+            try:
+                self._flush()
+                self.file.close()
+            except OSError as error:
+                self._fail(error)
 
     def _begin(self, run_dir):
-        from tensorboardX import SummaryWriter
-
-        self.close()
         folder = run_dir / "tensorboard"
         if folder.exists():
             shutil.rmtree(folder)
-        self.writer = SummaryWriter(str(folder))
+        folder.mkdir()
+        self.last = {}
+        self.file = self.open(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+        self._add(self.event(wall_time=time.time(), file_version="brain.Event:2"))
         for record in records.Run(run_dir).records:
             self._write(record)
 
     def _write(self, record):
-        self.last = record["step"]
-        for key, value in record.items():
-            value = records.number(value)
-            if key not in ("step", "split") and isinstance(value, numbers.Real):
-                self.writer.add_scalar(f"{record['split']}/{key}", value, record["step"])
+        step, split = record["step"], record["split"]
+        self.last[split] = step
+        named = {key: records.number(value) for key, value in record.items() if key not in ("step", "split")}
+        values = [
+            self.summary.Value(tag=f"{split}/{key}", simple_value=value)
+            for key, value in named.items() if isinstance(value, numbers.Real)
+        ]  # fmt: skip
+        self._add(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
 
-    def close(self):
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+    def _add(self, event):
+        self.file.write(event.SerializeToString())
+
+    def _flush(self):
+        self.file.flush()
+        self.flushed = time.monotonic()
+
+    def _fail(self, error):
+        self.failed = True
+        warnings.warn(
+            f"TensorBoard's file cannot be written ({why(error)}); the run goes on without it, and resuming "
+            "writes it anew",
+            stacklevel=2,
+        )

@@ -148,10 +148,10 @@ class Units:
 
     @contextmanager
     def together(self):
-        """A run's loop: an error in one unit ends all of them, and leaves none waiting for it."""
+        """A run's loop: whatever ends it in one unit ends all of them, and leaves none waiting for it."""
         try:
             yield
-        except Exception:
+        except BaseException:
             if self.size > 1:
                 traceback.print_exc()
                 print(f"processing unit {self.rank} of {self.size} failed: the run ends", file=sys.stderr)

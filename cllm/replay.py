@@ -24,28 +24,33 @@ WRONG = 1e-2
 
 @dataclass(frozen=True)
 class Row:
-    """A module's output, or a parameter's gradient, in both precisions.
+    """A module's output or input, or a parameter's gradient, in both precisions.
 
     Attributes
     ----------
+    what : "output", "input" or "gradient"
     name : str
+        Of the module or parameter, without a leading "transformer.".
     largest, exact : float
-        Largest magnitude in the run's precision and in float64; NaN where there is one.
+        Largest magnitude in the run's precision and in float64; NaN where there is one. `exact` and
+        `difference` are None when the step does not run in float64.
     nonfinite : float
         Share of elements that are infinite or NaN in the run's precision, 0 to 1.
     difference : float
         |x - exact| / |exact|, of the 2-norms.
     """
 
+    what: str
     name: str
     largest: float
-    exact: float
+    exact: float | None
     nonfinite: float
-    difference: float
+    difference: float | None
 
     @property
     def wrong(self):
-        return self.nonfinite > 0 or not self.difference <= WRONG
+        off = self.difference is not None and not self.difference <= WRONG
+        return off or self.nonfinite > 0
 
 
 @dataclass(frozen=True)
@@ -59,46 +64,56 @@ class Replay:
     micro : int
         The micro-batch that the rows are of: the first in which something is wrong, else the first.
     loss, exact : float
-        Its loss, in the run's precision and in float64.
+        Its loss, in the run's precision and in float64; `exact` is None when it does not run in that.
     forward, backward : list of Row
-        Modules in the order in which they ended, and before the first that was given something wrong by a
-        sound one, what that is; parameters' gradients, those of the last layers first.
+        Outputs of modules in the order in which they ended, and the first input that was wrong although all
+        outputs before it were sound; parameters' gradients, those of the last layers first.
+    note : str
+        Why it does not run in float64; empty when it does.
     """
 
     facts: dict
     micro: int
     loss: float
-    exact: float
+    exact: float | None
     forward: list
     backward: list
+    note: str
 
     @property
     def verdict(self):
         """Which layer went wrong first, in a sentence."""
-        for rows, what, kind in (self.forward, "forward", "output"), (self.backward, "backward", "gradient"):
+        for rows, of in (self.forward, "forward"), (self.backward, "backward"):
             for row in rows:
                 if row.wrong:
-                    return f"first wrong in the {what} pass: {row.name}, whose {kind} is {_described(row)}"
-            if what == "forward" and not math.isfinite(self.loss):
-                return f"all modules are sound, the loss itself is {self.loss:g} (float64: {self.exact:g})"
+                    return f"first wrong in the {of} pass: the {row.what} of {row.name} is {_described(row)}"
+            if of == "forward" and not math.isfinite(self.loss):
+                exact = "" if self.exact is None else f" (float64: {self.exact:g})"
+                return f"all modules are sound, the loss itself is {self.loss:g}{exact}"
+        if self.note:
+            return "nothing is infinite or NaN"
         return "no layer differs from float64: the weights and this batch do give this loss and gradient"
 
     def lines(self):
         """The whole finding as lines of text."""
         yield f"step {self.facts['step']}: {self.facts['why']}"
-        yield ", ".join(f"{name} {value}" for name, value in self.facts["position"].items()) + " of the data"
-        yield f"micro-batch {self.micro}: loss {self.loss:.6g}, in float64 {self.exact:.6g}"
+        place = ", ".join(f"{name} {value}" for name, value in self.facts["position"].items())
+        yield f"batch at {place} of the training data"
+        exact = "" if self.exact is None else f", in float64 {self.exact:.6g}"
+        yield f"micro-batch {self.micro}: loss {self.loss:.6g}{exact}"
+        if self.note:
+            yield self.note
         for title, rows in (("output of", self.forward), ("gradient of", self.backward)):
-            width = max([len(row.name) for row in rows] + [len(title)])
+            names = [f"{row.name} (input)" if row.what == "input" else row.name for row in rows]
+            width = max(map(len, (*names, title)))
             yield ""
-            yield f"{title:<{width}}  {'largest':>10}  {'float64':>10}  {'not finite':>10}  difference"
-            for row in rows:
+            yield f"{title:<{width}}  {'largest':>8}  {'float64':>8}  inf/NaN  difference"
+            for name, row in zip(names, rows):
                 share = f"{row.nonfinite:.1%}" if row.nonfinite else ""
                 mark = "  <- wrong" if row.wrong else ""
-                yield (
-                    f"{row.name:<{width}}  {row.largest:>10.3g}  {row.exact:>10.3g}  {share:>10}  "
-                    f"{row.difference:>10.1e}{mark}"
-                )
+                exact = "" if row.exact is None else f"{row.exact:.2g}"
+                off = "" if row.difference is None else f"{row.difference:.1e}"
+                yield f"{name:<{width}}  {row.largest:>8.2g}  {exact:>8}  {share:>7}  {off:>10}{mark}"
         yield ""
         yield self.verdict
 
@@ -107,6 +122,8 @@ def _described(row):
     if not row.nonfinite:
         return f"finite, but off by {row.difference:.0%} from that in float64"
     part = "" if row.nonfinite == 1 else f" in {row.nonfinite:.1%} of its elements"
+    if row.exact is None:
+        return f"infinite or NaN{part}"
     return f"infinite or NaN{part}; in float64 it is {'not' if math.isfinite(row.exact) else 'so too'}"
 
 
@@ -128,9 +145,10 @@ def replay(run_dir, step=None, task=None):
     Raises
     ------
     InputError
-        When the run kept no such step, or its file is damaged.
+        When there is no run, it kept no such step, or a file of that is damaged.
     """
     run_dir = Path(run_dir)
+    saved.check(run_dir)
     weights, batches, facts = guard.load_incident(_chosen(run_dir, step))
     config, found = saved.parts(run_dir, facts, task)
     model, loss = found.model, found.loss
@@ -159,12 +177,16 @@ def replay(run_dir, step=None, task=None):
     found = []
     for micro in range(len(batches)):
         mean, seen, gradients = run(micro, weights[next(iter(weights))].dtype)
-        exact, exact_seen, exact_gradients = run(micro, np.float64)
+        exact, exact_seen, exact_gradients, note = None, {}, {}, ""
+        try:
+            exact, exact_seen, exact_gradients = run(micro, np.float64)
+        except TypeError as error:  # of code of the user's own that makes float32 arrays
+            note = f"it does not run in float64, so that only what is infinite or NaN is found: {error}"
         backward = [
-            _row(name, gradients[name], exact_gradients[name])
-            for name in reversed(gradients) if name in exact_gradients
-        ]  # fmt: skip
-        found.append(Replay(facts, micro, mean, exact, _forward(seen, exact_seen), backward))
+            _row("gradient", _short(name), gradients[name], exact_gradients.get(name))
+            for name in reversed(gradients)
+        ]
+        found.append(Replay(facts, micro, mean, exact, _forward(seen, exact_seen), backward, note))
         if any(row.wrong for row in found[-1].forward + found[-1].backward):
             return found[-1]
     return found[0]
@@ -186,30 +208,31 @@ def _cast(array, dtype):
     return array.astype(dtype) if array.dtype.kind == "f" else array
 
 
+def _short(name):
+    return name.removeprefix("transformer.")
+
+
 def _forward(seen, exact):
     rows = []
-    for key in filter(exact.__contains__, seen):
-        (given, output), (exact_given, exact_output) = seen[key], exact[key]
-        name = key[0] + f" (call {key[1] + 1})" * (key[1] > 0)
+    for key, (given, output) in seen.items():
+        exact_given, exact_output = exact.get(key, (None, None))
+        name = _short(key[0]) + f" (call {key[1] + 1})" * (key[1] > 0)
         if given is not None and not any(row.wrong for row in rows):
-            before = _row(f"before {name}", given, exact_given)
+            before = _row("input", name, given, exact_given)
             rows += [before] * before.wrong
-        rows.append(_row(name, output, exact_output))
+        rows.append(_row("output", name, output, exact_output))
     return rows
 
 
-def _row(name, x, exact):
-    x, exact = x.astype(np.float64), exact.astype(np.float64)
-    with np.errstate(all="ignore"):
-        size = float(np.linalg.norm(exact))
-        off = float(np.linalg.norm(x - exact))
-        return Row(
-            name,
-            float(np.abs(x).max(initial=0)),
-            float(np.abs(exact).max(initial=0)),
-            float(np.mean(~np.isfinite(x))) if x.size else 0.0,
-            off / size if size else off,
-        )
+def _row(what, name, x, exact):
+    largest, difference = float(np.abs(x).max(initial=0)), None
+    nonfinite = float(np.mean(~np.isfinite(x))) if x.size else 0.0
+    if exact is not None:
+        with np.errstate(all="ignore"):
+            size, off = float(np.linalg.norm(exact)), float(np.linalg.norm(x - exact))
+            difference = off / size if size else off
+        exact = float(np.abs(exact).max(initial=0))
+    return Row(what, name, largest, exact, nonfinite, difference)
 
 
 class _Outputs:
@@ -217,7 +240,7 @@ class _Outputs:
 
     def __init__(self, model):
         self.names = {id(module): name or "the model" for name, module in model.named_modules()}
-        self.found = {}  # (name, which call) -> first argument, None if that is no Tensor, and output
+        self.found = {}  # (name, which call) -> first argument, None if those are no real numbers, and output
         self.calls = {}
 
     def wants(self, module, name):
@@ -231,5 +254,7 @@ class _Outputs:
         if isinstance(value, Tensor):
             name = self.names[id(module)]
             call = self.calls[name] = self.calls.get(name, -1) + 1
-            given = given[0].data.copy() if given and isinstance(given[0], Tensor) else None
-            self.found[name, call] = given, value.data.copy()
+            given = given[0] if given else None
+            given = given.data if isinstance(given, Tensor) else given
+            real = isinstance(given, np.ndarray) and given.dtype.kind == "f"
+            self.found[name, call] = given.copy() if real else None, value.data.copy()

@@ -8,7 +8,7 @@ from cllm import checkpoint as checkpoints
 from cllm import config as configs
 from cllm import data, evaluation, metrics, userfile
 from cllm import task as tasks
-from cllm.data.tokenizers import load_tokenizer
+from cllm.data.tokenizers import digest, load_tokenizer
 from cllm.errors import InputError, nearest
 from cllm.gpt import GPT
 from cllm.lifecycle import FILES
@@ -52,9 +52,10 @@ def evaluate(run_dir, source=None, split=None, checkpoint="last", measured=(), t
     ----------
     run_dir : path-like
     source : path-like, optional
-        A text as [data] source names one, all of it, in the run's own tokens; else what the run evaluates.
+        A text as [data] source names one, all of it, in the run's own tokens and cut as the run's text was;
+        else what the run evaluates.
     split : str, optional
-        One of the run's evaluations, or of its text "train", "val" or "test"; all evaluations unless given.
+        One of the run's evaluations, or "train", or of its text "test"; all evaluations unless given.
     checkpoint : "last" or "best"
     measured : iterable of str
         Of `cllm.metrics.BY_NAME`, besides what [train] metrics and the task have.
@@ -64,7 +65,7 @@ def evaluate(run_dir, source=None, split=None, checkpoint="last", measured=(), t
     Returns
     -------
     dict of str to dict
-        For each split, or for the source, what `cllm.evaluate` gives.
+        For each split, or for the source, "step", which is the checkpoint's, and what `cllm.evaluate` gives.
 
     Raises
     ------
@@ -77,8 +78,7 @@ def evaluate(run_dir, source=None, split=None, checkpoint="last", measured=(), t
         if split is not None or found.tokenizer is None:
             why = f"split is {split!r}" if split is not None else f"{run_dir} has no tokenizer"
             raise InputError(f"data.source is given, and {why}: leave out one")
-        text = data.load(source, tokenizer=run_dir / "tokenizer.json", val_fraction=0.0)
-        splits = {str(source): text.train}
+        splits = {str(source): _whole(source, config.data, run_dir / "tokenizer.json")}
     elif config.task.build is None:
         text = tasks.load_text(config)
         if text.hash != state["data_hash"]:
@@ -91,7 +91,9 @@ def evaluate(run_dir, source=None, split=None, checkpoint="last", measured=(), t
             splits.pop("train")
             splits.pop("test", None)  # looked at only when asked for
     else:
-        splits = {name: dataset.dataset for name, dataset in found.evals.items()}
+        splits = {name: source.dataset for name, source in {"train": found.train, **found.evals}.items()}
+        if split is None:
+            splits.pop("train")
     if split is not None and split not in splits:
         raise InputError(f"split is {split!r}, {run_dir} has {' and '.join(splits) or 'none'}")
     if not splits:
@@ -103,9 +105,20 @@ def evaluate(run_dir, source=None, split=None, checkpoint="last", measured=(), t
             raise InputError(f'metrics has "{name}"{hint}, it must be of {", ".join(metrics.BY_NAME)}')
     built = {name: metrics.build(name, found.tokenizer) for name in names} | getattr(found, "metrics", {})
     return {
-        name: evaluation.evaluate(found.model, dataset, loss=found.loss, metrics=built)
+        name: {"step": state["step"]}
+        | evaluation.evaluate(found.model, dataset, loss=found.loss, metrics=built)
         for name, dataset in splits.items() if split in (None, name)
     }  # fmt: skip
+
+
+def _whole(source, config, tokenizer):
+    """All tokens of a text, cut into windows or documents as a run's [data] says."""
+    cut = {"packing": config.packing, "eos": config.eos}
+    if config.eos is None and Path(source).is_file():
+        cut = {}  # one document, whose windows are the same
+    tokens = data.load(source, tokenizer=tokenizer, val_fraction=0.0, **cut).train
+    tokens.name = str(source)
+    return tokens
 
 
 def _loaded(run_dir, checkpoint, task):
@@ -113,10 +126,13 @@ def _loaded(run_dir, checkpoint, task):
     if checkpoint not in ("last", "best"):
         raise InputError(f'checkpoint is {checkpoint!r}, it must be "last" or "best"')
     check(run_dir)
-    path = checkpoints.newest(run_dir) if checkpoint == "last" else checkpoints.best(run_dir)
-    if path is None:
+    loaded = checkpoints.load_newest(run_dir, only_best=checkpoint == "best")
+    if loaded is None and not checkpoints.listed(run_dir):
         raise InputError(f"{run_dir} has no complete checkpoint yet; continue it with: cllm resume {run_dir}")
-    arrays, _, state = checkpoints.load(path)
+    if loaded is None:
+        none = f"{run_dir} has no whole checkpoint that was the best when it was evaluated"
+        raise InputError(none if checkpoint == "best" else f"all checkpoints of {run_dir} are damaged")
+    arrays, _, state = loaded
     config, found = parts(run_dir, state, task)
     found.model.load_state_dict(arrays)
     found.model.eval()
@@ -158,6 +174,10 @@ def parts(run_dir, state, task=None):
     if task is None and config.task.build is None:
         model = GPT(replace(config.model, vocab_size=state["vocab_size"]), seed=config.train.seed)
         tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+        if digest(tokenizer) != state.get("tokenizer", digest(tokenizer)):  # a step that went wrong has none
+            raise InputError(
+                f"{run_dir / 'tokenizer.json'} is damaged: it is not the tokenizer {run_dir} was trained with"
+            )
         return config, SimpleNamespace(model=model, loss=None, tokenizer=tokenizer)
     return config, task or tasks.for_config(config)
 

@@ -16,7 +16,7 @@ from cllm import functional as F
 from cllm.data.batch import feed
 from cllm.errors import InputError
 from cllm.gpt import GPT
-from cllm.metrics import a_count
+from cllm.metrics import Perplexity, a_count
 from cllm.records import is_timing
 from cllm.tensor import Tensor
 
@@ -219,7 +219,8 @@ def check_metric(name, metric):
     """Raise for a metric that cannot be recorded under its name."""
     if not isinstance(name, str) or not name:
         raise InputError(f"a metric's name is {name!r}, it must be a word")
-    if name in RESERVED or is_timing(name):
+    same = name == "perplexity" and isinstance(metric, Perplexity)  # as [train] metrics may have it
+    if (name in RESERVED and not same) or is_timing(name):
         raise InputError(f'a metric is named "{name}", which a record holds already; give it another name')
     if isinstance(metric, type):
         raise InputError(f"the metric {name!r} is the class {metric.__name__}, give an object of it")

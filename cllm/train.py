@@ -26,6 +26,7 @@ from cllm import evaluation, kernels, metrics, optim, parallel, records, rng, sc
 from cllm import guard as guards
 from cllm import task as tasks
 from cllm.data.producer import Producer
+from cllm.data.tokenizers import digest
 from cllm.errors import InputError
 from cllm.files import Lock, clear_temporary, why, write_atomic
 from cllm.generate import generate
@@ -374,11 +375,14 @@ class Trainer(Lifecycle):
             self.guard.count += 1
             self.shown.note(f"{told}: skipped{kept}")
             return True
-        if self.unsaved is not None:  # an older checkpoint would make it another run
-            raise Unsaved(f"{told}, and there is no going back to where it should: {self.unsaved}")
+        unsaved = self.units.of_first(self.unsaved)
+        if unsaved is not None:  # an older checkpoint would make it another run
+            raise Unsaved(f"{told}, and there is no going back to where it should: {unsaved}")
         count, order = self.guard.count, self.guard.order
-        leading = self.units.rank == 0
-        path = checkpoints.newest(self.run_dir, only_planned=True) if leading else None
+        path = None
+        if self.units.rank == 0:
+            # Another one than a planned one only where rolling back is new to the run.
+            path = checkpoints.newest(self.run_dir, only_planned=True) or checkpoints.newest(self.run_dir)
         path = self.units.of_first(path)
         if path is None:
             raise Diverged(f"{told}, and {self.run_dir} has no checkpoint to go back to{kept}")
@@ -505,6 +509,7 @@ class Trainer(Lifecycle):
         state = {"position": self.task.train.position(self.position, self.config.train.batch_size)}
         if self.text is not None:
             state |= {"vocab_size": self.text.vocab_size, "data_hash": self.text.hash}
+            state["tokenizer"] = digest(self.text.tokenizer)
         else:
             state["examples"] = len(self.task.train)
         state |= {

@@ -16,7 +16,7 @@ import types
 from pathlib import Path
 
 from cllm.errors import InputError, nearest
-from cllm.files import write_atomic
+from cllm.files import clear_temporary, write_atomic
 
 __all__ = [
     "beside", "digest", "digests", "forget", "is_reference", "keep", "load", "own_traceback",
@@ -101,7 +101,10 @@ def digests(references):
 
 
 def keep(files, folder):
-    """Copy files into `folder`, so that the versions of `digests` can be put back; other copies go."""
+    """Copy files into `folder`, so that the versions of `digests` can be put back; other copies go.
+
+    Nobody else may be writing there.
+    """
     for path, sha256 in files.items():
         folder.mkdir(exist_ok=True)
         write_atomic(folder / _kept_name(path, sha256), Path(path).read_bytes())
@@ -109,6 +112,8 @@ def keep(files, folder):
     for path in folder.glob("*.py"):
         if path.name not in wanted:
             path.unlink()
+    if folder.is_dir():
+        clear_temporary(folder)
 
 
 def refuse_changed(files, folder, run_dir):

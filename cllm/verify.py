@@ -1,12 +1,13 @@
 """Does a run of one's own survive a kill? `cllm verify-resume` trains it twice for a few steps.
 
 Once without a stop; once killed (SIGKILL) before its first checkpoint and again after one, and resumed each
-time. Then all files must agree byte for byte, and all records but for what they say of time and memory.
-Each process is a fresh one, as after a crash.
+time. Then the last checkpoints must agree, arrays byte for byte, and all records, but for what these say of
+time and memory. Each process is a fresh one, as after a crash.
 """
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
-from cllm import arrays, checkpoint, records, train
+import numpy as np
+
+from cllm import arrays, checkpoint, parallel, records, train
 from cllm import config as configs
 from cllm.errors import InputError
 from cllm.progress import Silent, duration
@@ -49,8 +52,10 @@ def resume_is_exact(config, steps=STEPS, minutes=MINUTES, say=print):
     Raises
     ------
     InputError
-        When the configuration cannot be trained, or not in that time.
+        When the configuration cannot be trained, or not in that time, or mpirun has started this.
     """
+    if parallel.here().size > 1:
+        raise InputError("mpirun started this, but verifying starts its own processes: call it without")
     if steps < 3:
         raise InputError(f"steps is {steps}, it must be at least 3: before, at and after a checkpoint")
     deadline = monotonic() + 60 * minutes
@@ -69,10 +74,10 @@ def resume_is_exact(config, steps=STEPS, minutes=MINUTES, say=print):
         for kill_at in (max(1, third - 1), max(third + 1, 2 * third - 1)):
             _process(config, killed, steps, kill_at, deadline)
             newest = checkpoint.newest(killed)
-            kept = f"after the checkpoint of step {checkpoint.step_of(newest)}" if newest else "before any"
-            say(f"killed in step {kill_at}, {kept}; resuming")
+            kept = f"of step {checkpoint.step_of(newest)}" if newest else "there is none yet"
+            say(f"killed in step {kill_at}; resuming from the newest checkpoint: {kept}")
         _process(config, killed, steps, None, deadline)
-        found = [*_arrays_differ(alone, killed), *_records_differ(alone, killed)]
+        found = [*_checkpoints_differ(alone, killed), *_records_differ(alone, killed)]
         if not found:
             last = checkpoint.newest(alone)
             n = sum(len(arrays.header(last / name)) for name in checkpoint.ARRAY_FILES)
@@ -106,6 +111,8 @@ def _process(config, run_dir, steps, kill_at, deadline):
     finally:
         process.kill()
         process.wait()
+    if kill_at is not None and process.returncode == 0:
+        raise InputError(f"the run made no train record from step {kill_at} on, so it was not killed")
     expected = 0 if kill_at is None else -signal.SIGKILL
     if process.returncode != expected:
         said = errors.strip().splitlines() or [f"exit status {process.returncode}"]
@@ -115,6 +122,9 @@ def _process(config, run_dir, steps, kill_at, deadline):
 def _child():
     """In a process of its own: train, or go on, as standard input says."""
     order = json.loads(sys.stdin.read())
+    # A process begins these two at random; how they go on after a kill is what is looked at.
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     shown = _Until(order["steps"], order["kill_at"])
     try:
         if Path(order["run_dir"], "config.toml").is_file():
@@ -137,14 +147,14 @@ class _Until(Silent):
         self.trainer = trainer
 
     def step(self, record):
-        if record["step"] == self.kill_at:
+        if self.kill_at is not None and record["step"] >= self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if record["step"] >= self.last:
             self.trainer.stop = True
 
 
-def _arrays_differ(a, b):
-    """Sentences about the checkpoints in which two runs differ."""
+def _checkpoints_differ(a, b):
+    """Sentences about what differs in two runs' last checkpoints."""
     there = [{checkpoint.step_of(path): path for path in checkpoint.listed(run)} for run in (a, b)]
     steps = [max(found, default=None) for found in there]
     if steps[0] is None or steps[0] != steps[1]:
@@ -158,7 +168,9 @@ def _arrays_differ(a, b):
         names = [key for key in one if key not in other or one[key].tobytes() != other[key].tobytes()]
         names += [key for key in other if key not in one]
         found.append(f"{name} differs in {len(names)} of {len(one)} arrays, the first is {names[0]}")
-    return found
+    one, other = (checkpoint.entry(part[steps[0]])["state"] for part in there)
+    names = [key for key in _untimed({**one, **other}) if one.get(key) != other.get(key)]
+    return found + [f"state.json differs in {', '.join(names)}"] * bool(names)
 
 
 def _records_differ(a, b):

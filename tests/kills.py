@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm import checkpoint, files, records, train, verify
+from cllm import checkpoint, files, records, train
 from cllm.progress import Silent
 
 CONFIG = {
@@ -181,7 +181,7 @@ def run(kills, seed=0, policy="skip", say=print):
             f"{steps.count(0)} times at the first step and {len(steps) - steps.count(0)} times after one "
             f"of {len({*steps} - {0})} others, the last {max(steps)}"
         )
-        for line in found:
+        for line in found[:20]:
             say(f"DIFFERS: {line}")
         if not found:
             seconds = time.monotonic() - began
@@ -189,18 +189,28 @@ def run(kills, seed=0, policy="skip", say=print):
         return not found
 
 
-def differences(alone, killed):
-    """Sentences on what differs between two runs that have ended, but for time and memory."""
-    found = [*verify._arrays_differ(alone, killed), *verify._records_differ(alone, killed)]
-    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (alone, killed)]
-    if names[0] != names[1]:
-        found.append(f"files: {sorted(names[0] ^ names[1])} are there in one of the two")
-    states = [checkpoint.load(checkpoint.newest(run))[2] for run in (alone, killed)]
-    summaries = [records.Run(run).summary for run in (alone, killed)]
-    for what, pair in (("state", states), ("summary", summaries)):
-        one, other = map(verify._untimed, pair)
-        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-        found += [f"{what}: {', '.join(keys)}"] if keys else []
+def differences(alone, killed, but=()):
+    """Sentences on what differs between two runs that have ended, but for time, memory and these keys."""
+    pair, found = (alone, killed), []
+    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in pair]
+    if names[0] != names[1] - {files.LOCK}:  # a dead owner's means nothing, also beside a summary
+        found.append(f"files: {sorted(names[0] ^ names[1])} are in one of the two only")
+    last = [checkpoint.newest(run) for run in pair]
+    for name in checkpoint.ARRAY_FILES:
+        if (last[0] / name).read_bytes() != (last[1] / name).read_bytes():
+            found.append(f"{name}: differs")
+    runs = [records.Run(run) for run in pair]
+    if len(runs[0].records) != len(runs[1].records):
+        found.append(f"records: {len(runs[0].records)} and {len(runs[1].records)}")
+    states = ("state", *(checkpoint.entry(path)["state"] for path in last))
+    for what, one, other in (
+        states,
+        ("summary", *(run.summary for run in runs)),
+        *((f"record {n + 1}", *both) for n, both in enumerate(zip(*(run.records for run in runs)))),
+    ):
+        keys = [key for key in {**one, **other} if not (records.is_timing(key) or key in but)]
+        keys = [key for key in keys if one.get(key) != other.get(key)]
+        found += [f"{what}: differs in {', '.join(keys)}"] if keys else []
     return found
 
 

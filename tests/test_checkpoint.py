@@ -119,6 +119,35 @@ def test_a_changed_state_is_noticed(tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": []}, {"state": None}, {"step": "1"}, {"step": 2}, {"step": 1.0}, {"step": True},
+        {"sha256": {}}, {"sha256": {"model.safetensors": "0" * 64}}, {"sha256": []},
+        {"sha256": {"model.safetensors": "0", "optimizer.safetensors": "0", "../up": "0"}},
+    ],
+)  # fmt: skip
+def test_a_state_that_vouches_for_itself_is_still_checked(tmp_path, changes):
+    path = save(tmp_path, 1)
+    entry = json.loads((path / "state.json").read_text())
+    del entry["sha256"]["state"]
+    entry |= changes
+    if isinstance(entry["sha256"], dict):
+        entry["sha256"]["state"] = checkpoint._sha256(entry["step"], entry["state"], entry["sha256"])
+    (path / "state.json").write_bytes(checkpoint._text(entry))
+    with pytest.raises(InputError, match=r"state\.json is (damaged|of step)"):
+        checkpoint.load(path)
+
+
+def test_a_changed_hash_is_the_states_damage(tmp_path):
+    path = save(tmp_path, 1)
+    entry = json.loads((path / "state.json").read_text())
+    entry["sha256"]["model.safetensors"] = "0" * 64
+    (path / "state.json").write_bytes(checkpoint._text(entry))
+    with pytest.raises(InputError, match=r"state\.json is damaged"):
+        checkpoint.load(path)
+
+
 def test_missing_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such checkpoint: .*step-00000003"):
         checkpoint.load(tmp_path / "checkpoints" / "step-00000003")

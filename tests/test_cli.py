@@ -283,6 +283,78 @@ def test_resuming_as_another_run_is_refused(cllm, trained):
     assert contents(trained) == before
 
 
+@pytest.fixture(scope="module")
+def runs(trained):
+    """A folder with a run, one whose checkpoints are all damaged, some text, a config, and other files."""
+    folder = trained.parent
+    shutil.copytree(trained, folder / "damaged")
+    (folder / "damaged" / "summary.json").unlink()
+    for path in (folder / "damaged" / "checkpoints").glob("*/state.json"):
+        path.write_bytes(path.read_bytes()[:-2])
+    (folder / "other.txt").write_text("XYZ" * 100)
+    (folder / "config.toml").write_text('[data]\nsource = "plays.txt"\n')
+    (folder / "photos").mkdir()
+    (folder / "photos" / "cat.png").touch()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:passed over a damaged checkpoint")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("resume missing", "missing holds no run: it has no config.toml"),
+        ("resume photos", "photos holds no run"),
+        ("resume run --train.max-steps 24", "train.max_steps cannot become 24: with it, step 3 would"),
+        ("resume run --train.max-steps 5", "train.max_steps is 5, but run has done 12 steps already"),
+        ("resume run --train.max-steps two", 'train.max_steps is "two", it must be an integer'),
+        ("resume run --model.n-layer 2", "model.n_layer cannot change when a run is resumed"),
+        ("resume run --guard.policy ignore", 'guard.policy is "ignore", it must be "stop" or "skip"'),
+        ("resume damaged", "all checkpoints of damaged are damaged; to train it again from step 0"),
+        ("train --run.dir run", "run already holds a run; continue it with `cllm resume run`"),
+        ("train --run.dir photos", "photos holds other files; a run needs a new or empty folder"),
+        ("train --train.max-minutes -1", "train.max_minutes is -1.0, it must be 0 or more"),
+        ("train --train.keep-checkpoints 0", "train.keep_checkpoints is 0, it must be at least 1"),
+        ("train --train.checkpoint-interval -5", "train.checkpoint_interval is -5, it must be 0 or more"),
+        ("train --train.grad-accum 0", "train.grad_accum is 0, it must be at least 1"),
+        ("train --train.prefetch -1", "train.prefetch is -1, it must be 0 or more"),
+        ("train --train.patience 1.5", "train.patience is 1.5, it must be an integer"),
+        ("train --guard.policy ignore", 'guard.policy is "ignore"'),
+        ("train --guard.spike -3", "guard.spike is -3, it must be 0 or more"),
+        ("train --guard.window 1", "guard.window is 1, it must be at least 2"),
+        ("train --guard.keep 0", "guard.keep is 0, it must be at least 1"),
+        ("train --monitor.layers -1", "monitor.layers is -1, it must be 0 or more"),
+        ("train --monitor.tensorboard=perhaps", 'monitor.tensorboard is "perhaps", it must be true or false'),
+        ("train --data.packing document", 'data.packing is "document" (did you mean "documents"?)'),
+        ("train --data.eos 3", 'data.eos is 3, but data.packing is "windows"'),
+        ("train config.toml --data.packing padded", 'data.packing is "padded", but plays.txt is one doc'),
+        ("eval missing", "missing holds no run"),
+        ("eval damaged", "all checkpoints of damaged are damaged"),
+        ("eval run --split vall", "split is 'vall', run has train and val"),
+        ("eval run --metrics acuracy", 'metrics has "acuracy" (did you mean "accuracy"?)'),
+        ("eval run --data.source other.txt", "other.txt has the character 'X' (U+0058) at position 0"),
+        ("eval run --data.source other.txt --split val", "data.source is given, and split is 'val'"),
+        ("eval run --checkpoint 5", "unknown checkpoint '5'; allowed: last, best"),
+        ("inspect missing", "missing holds no run"),
+        ("inspect run --checkpoint 7", "run has no checkpoint of step 7, it has 6, 12"),
+        ("inspect run --checkpoint first", "'first' is not last, best or a step"),
+        ("verify-resume", "required: CONFIG.toml"),
+        ("verify-resume missing.toml", "missing.toml"),
+        ("verify-resume config.toml --steps 2", "'2' is not a whole number of at least 3"),
+        ("verify-resume config.toml --minutes 0", "'0' is not a number above 0"),
+        ("replay missing", "missing holds no run"),
+        ("replay run", "run kept no step that went wrong, so there is none to replay"),
+        ("replay run --step 0", "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_bad_input_of_runs_that_are_stopped_watched_and_measured(
+    cllm, runs, monkeypatch, words, expected
+):
+    monkeypatch.chdir(runs)
+    before = contents(runs)
+    assert_one_sentence(cllm(*words.split()), expected)
+    assert contents(runs) == before
+
+
 def test_a_missing_instruction_set_is_one_sentence():
     result = subprocess.run(
         [sys.executable, "-m", "cllm", "info"],

@@ -230,6 +230,7 @@ def test_folder_of_token_files(tmp_path):
         (b"ab", {"tokenizer": {"type": "ids", "vocab_size": 2**64}}, "not a tokenizer's description"),
         (b"ab", {"tokenizer": {"type": "char", "characters": "ba"}}, "characters must ascend"),
         (b"ab", {"tokenizer": {"type": "char", "characters": "aab"}}, "characters must ascend"),
+        (b"ab", {"tokenizer": {"type": "byte"}, "vocab_size": 25}, "has 256 tokens, and vocab_size is only"),
         (b"ab", "[" * 100_000, r"t\.json is not JSON: .*recursion"),
         (b"ab", [], r"t\.json must be a JSON object"),
     ],

@@ -649,3 +649,119 @@ def test_a_run_of_documents_is_resumed_bit_for_bit(folder, tmp_path, packing):
     mask = np.concatenate([batch.mask.ravel() for batch in feed(text.val, "val", 8).batches(5)])
     assert 0 < mask.sum() < mask.size
     assert cllm.evaluate(model, text.val)["tokens"] == mask.sum()
+
+
+# The Trainer's producer
+
+PREFETCH = {
+    "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 8, "train.batch_size": 3,
+    "train.max_steps": 12, "train.eval_interval": 4, "train.checkpoint_interval": 5, "train.threads": 1,
+    "schedule.warmup_steps": 2,
+}  # fmt: skip
+
+
+def fit(run_dir, prefetch, task=None, callbacks=(), **changes):
+    values = {**PREFETCH, "train.prefetch": prefetch, "run.dir": str(run_dir)}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return cllm.Trainer(values, task, callbacks, progress=cllm.progress.Silent()).fit()
+
+
+def left(run_dir):
+    """What a run has left that must be the same: its arrays' bytes and its records without times."""
+    newest = cllm.checkpoint.newest(run_dir)
+    arrays = [(newest / name).read_bytes() for name in cllm.checkpoint.ARRAY_FILES]
+    lines = cllm.records.Run(run_dir).records
+    return arrays, [{k: v for k, v in line.items() if not cllm.records.is_timing(k)} for line in lines]
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "cllm batches"]
+
+
+class Noting:
+    """A dataset of one's own that notes how often it was asked, and in which threads."""
+
+    def __init__(self, error_at=None, wrong_at=None):
+        rng = np.random.default_rng(0)
+        self.inputs, self.targets = rng.integers(0, 9, (40, 5)), rng.integers(0, 9, (40, 5))
+        self.asked, self.error_at, self.wrong_at = [], error_at, wrong_at
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, indices):
+        self.asked.append(threading.current_thread().name)
+        if len(self.asked) == self.error_at:
+            raise RuntimeError("no such file")
+        inputs = self.inputs[indices].astype(np.float32)
+        if self.wrong_at in indices:
+            inputs[...] = np.nan
+        return Batch(inputs, self.targets[indices][:, 0])
+
+
+def noting_task(**options):
+    model = cllm.nn.Sequential(cllm.nn.Linear(5, 8), cllm.nn.Linear(8, 9))
+    return cllm.Task(model, Noting(**options), {"val": Noting()})
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+@pytest.mark.parametrize("kind", ["windows", "documents", "padded", "full"])
+def test_prefetching_changes_no_bit(folder, tmp_path, kind, accum):
+    changes = {"data__source": str(folder), "data__val_fraction": 0.3, "train__grad_accum": accum}
+    changes |= {"train__batch_size": "full"} if kind == "full" else {"data__packing": kind}
+    for prefetch in (0, 1, 4):
+        fit(tmp_path / str(prefetch), prefetch, **changes)
+        assert not threads()
+    assert left(tmp_path / "0") == left(tmp_path / "1") == left(tmp_path / "4")
+
+
+def test_a_task_is_prefetched_in_order(tmp_path):
+    for prefetch in (0, 2):
+        task = noting_task()
+        fit(tmp_path / str(prefetch), prefetch, task, train__grad_accum=4)
+        asked = task.train.dataset.asked
+        if prefetch:  # each batch once: no request was a seek
+            assert 48 <= len(asked) <= 48 + prefetch + 1 and set(asked) == {"cllm batches"}
+        else:
+            assert asked == ["MainThread"] * 48
+    assert left(tmp_path / "0") == left(tmp_path / "2")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_prefetching_over_steps_that_go_wrong_and_kills(tmp_path, policy):
+    changes = {"guard__policy": policy, "train__grad_accum": 2, "guard__limit": 100}
+    fit(tmp_path / "plain", 0, noting_task(wrong_at=7), **changes)
+    assert cllm.records.Run(tmp_path / "plain").summary["incidents"] > 0
+    for kill_at in (3, 8, 11):
+
+        def kill(trainer, record, kill_at=kill_at):
+            if record["step"] == kill_at and record["split"] == "train":
+                raise Killed
+
+        run_dir = tmp_path / f"killed-{kill_at}"
+        with pytest.raises(Killed):
+            fit(run_dir, 3, noting_task(wrong_at=7), [kill], **changes)
+        assert not threads()
+        cllm.train.resume(
+            run_dir, {"train.prefetch": 1}, task=noting_task(wrong_at=7), progress=cllm.progress.Silent()
+        )
+        assert left(run_dir) == left(tmp_path / "plain")
+        for path in cllm.guard.incidents(run_dir):
+            other = tmp_path / "plain" / "incidents" / path.name
+            assert (path / "batch.safetensors").read_bytes() == (other / "batch.safetensors").read_bytes()
+
+
+def test_an_error_of_the_dataset_ends_the_run_and_the_thread(tmp_path):
+    with pytest.raises(RuntimeError, match="no such file") as caught:
+        fit(tmp_path / "run", 2, noting_task(error_at=6))
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert any(frame.filename == __file__ and frame.name == "__getitem__" for frame in frames)
+    assert not threads()
+    summary = cllm.records.Run(tmp_path / "run").summary
+    assert summary["state"] == "failed" and summary["step"] == 5  # where it would have been without a thread
+    with pytest.raises(InputError, match=r"train\.prefetch is -1, it must be 0 or more"):
+        fit(tmp_path / "other", -1, noting_task())

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from cllm import cli, records
+from cllm import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+GUIDE, RUNS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("guide.md", "runs.md"))
 EXAMPLES = ROOT / "docs" / "examples"
 COMMANDS = re.findall(r"^(cllm .*)$", GUIDE, re.MULTILINE)
 
@@ -43,8 +44,8 @@ def small(text_file):
 
 def test_each_python_block_is_part_of_an_example():
     sources = [path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.rglob("*.py"))]
-    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE + RUNS, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
     for block in blocks:
         assert any(block in source for source in sources), block
 
@@ -98,3 +99,38 @@ def test_classification_sweep(at_root):
     lines = (at_root / "sweep" / "results.csv").read_text().splitlines()
     assert lines[0].split(",")[2:4] == ["task.width", "task.noise"]
     assert len(lines) == 1 + 4 * 2
+
+
+def test_batches():
+    lines = run_example("batches.py").splitlines()
+    assert [line for line in lines if line.startswith("batch")] == [
+        f"batch {i} in parts of 2 and 2" for i in range(5)
+    ]
+    assert "arrays that are out of the pool: 0" in lines
+    assert next(line for line in lines if "1000000" in line).startswith("{'index': 1000000, 'epoch': 400000")
+    assert lines[-2:] == [
+        "packed [3 0 7 7 7 7 0 4 0] of which count [3 0 7 7 7 0 0]",
+        "padded [[5, 3, 0, 0], [7, 7, 7, 7], [4, 0, 0, 0]]",
+    ]
+
+
+def test_the_commands_of_runs(tmp_path, monkeypatch, capsys, text_file):
+    """In their order, on a run of a few steps; each ends as the page says."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "README.md").write_text(text_file.read_text())
+    (tmp_path / "experiments" / "char.toml").write_text((ROOT / "experiments" / "char.toml").read_text())
+    assert cli.main(["train", "experiments/char.toml", *small(text_file), "--run.dir", "runs/char"]) == 0
+    commands = re.findall(r"^(cllm .*)$", RUNS, re.MULTILINE)
+    assert len(commands) == 8
+    for line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        extra = small(text_file) if words[0] == "verify-resume" else []
+        expected = 2 if words[0] == "replay" else 0  # no step went wrong
+        assert cli.main([*words, *extra]) == expected, line
+    out, err = capsys.readouterr()
+    assert "the bits agree" in out and "step 6: val loss" in out and "bits_per_byte" in out
+    assert "kept no step that went wrong" in err
+    known = {key for key, _, _ in configs.describe()}
+    for key in re.findall(r"`(?:--)?((?:train|guard|monitor|data)\.[a-z_-]+)", RUNS):
+        assert key.replace("-", "_") in known, key

@@ -1,7 +1,9 @@
 """Steps that go wrong: kept, skipped or rolled back, the same after a kill, and replayed in float64."""
 
+import errno
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -214,6 +216,58 @@ def test_killed_and_resumed_is_the_same(tmp_path, policy):
         assert untimed(run_dir) == untimed(tmp_path / "whole")
 
 
+def test_a_stopped_run_goes_on_with_another_policy(tmp_path):
+    fit(tmp_path / "run", task(np.inf))
+    with pytest.raises(InputError, match=r"optim\.lr cannot change .*, only .* \[guard\] and \[monitor\]"):
+        resume(tmp_path / "run", {"optim.lr": 1e-5}, task=task(np.inf), progress=Silent())
+    summary = resume(tmp_path / "run", {"guard.policy": "skip"}, task=task(np.inf), progress=Silent())
+    assert (summary["state"], summary["step"], summary["incidents"]) == ("finished", 30, len(STEPS))
+    fit(tmp_path / "skip", task(np.inf), guard__policy="skip")
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "skip")
+    ours, other = (checkpoint.load(checkpoint.newest(tmp_path / name))[0] for name in ("run", "skip"))
+    assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in other.items()}
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_step_of_several_micro_batches(tmp_path, policy):
+    """One of them is enough; the replay finds it."""
+    at = int(order(6 * 3 + 1, 4, 200, 1337)[2])  # in micro-batch 1 of step 7
+    changes = {"guard__policy": policy, "train__grad_accum": 3}
+    seen = {}
+
+    def look(trainer, record):
+        weights = {name: array.copy() for name, array in trainer.model.state_dict().items()}
+        if record.get("skipped"):
+            assert all(np.array_equal(array, seen[name]) for name, array in weights.items())
+        seen.update(weights)
+
+    _, summary = fit(tmp_path / "run", task(np.inf, at=[at]), [look], **changes)
+    assert (summary["state"], summary["step"]) == ("finished", 30)
+    assert 1 <= len(guard.incidents(tmp_path / "run")) <= summary["incidents"]  # one step may be twice
+    _, batches, facts = guard.load_incident(guard.incidents(tmp_path / "run")[0])
+    assert facts["step"] == 7 and facts["position"]["index"] == 18
+    assert [bool(np.isinf(batch["targets"]).any()) for batch in batches] == [False, True, False]
+    found = replay(tmp_path / "run", 7, task=task())
+    assert found.micro == 1 and "the loss itself is inf" in found.verdict
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_a_policy_holds_on_a_full_disk(tmp_path, monkeypatch, policy):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.safetensors")
+
+    monkeypatch.setattr(guard, "save_incident", full)
+    changes = {"guard__policy": policy}
+    with pytest.warns(UserWarning, match=r"step 9 went wrong and cannot be kept .*No space left"):
+        _, summary = fit(tmp_path / "run", task(np.inf, at=AT[:1]), **changes)
+    monkeypatch.undo()
+    fit(tmp_path / "roomy", task(np.inf, at=AT[:1]), **changes)
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "roomy")
+    wanted = records.Run(tmp_path / "roomy").summary
+    assert (summary["state"], summary["step"]) == (wanted["state"], wanted["step"])
+    assert not guard.incidents(tmp_path / "run") and guard.incidents(tmp_path / "roomy")
+
+
 def test_early_stopping(tmp_path):
     changes = {"optim__lr": 1e-9, "train__eval_interval": 2, "train__patience": 3, "optim__name": "sgd"}
     worse = task()
@@ -243,7 +297,7 @@ def test_replay_names_the_layer_that_overflows_first(tmp_path):
     assert [row.name for row in found.forward] == ["first", "second", "the model"]
     assert [row.wrong for row in found.forward] == [False, True, True]
     assert found.verdict == (
-        "first wrong in the forward pass: second, whose output is infinite or NaN; in float64 it is not"
+        "first wrong in the forward pass: the output of second is infinite or NaN; in float64 it is not"
     )
     text = "\n".join(found.lines())
     assert found.facts["why"] in text and text.count("<- wrong") >= 2
@@ -265,7 +319,7 @@ def test_replay_tells_of_the_backward_pass(tmp_path):
     assert summary["state"] == "failed"
     found = replay(tmp_path / "run", task=build())
     assert math.isfinite(found.loss) and not any(row.wrong for row in found.forward)
-    assert "first wrong in the backward pass: first." in found.verdict
+    assert "first wrong in the backward pass: the gradient of first." in found.verdict
 
 
 def test_replay_of_a_spike_finds_nothing_wrong(tmp_path):
@@ -291,7 +345,48 @@ def test_replay_of_a_gpt_has_the_bits_of_the_run(tmp_path):
     assert summary["state"] == "failed"
     found = replay(tmp_path / "run")
     assert any(row.wrong for row in found.forward + found.backward)
-    assert {"transformer.h.0.attn", "transformer.ln_f"} <= {row.name for row in found.forward}
+    assert {"h.0.attn", "ln_f"} <= {row.name for row in found.forward}
+
+
+def test_replay_looks_between_the_modules(tmp_path):
+    """Scores of attention overflow in float32: c_attn is sound, and c_proj is given NaN."""
+    text = tmp_path / "words.txt"
+    text.write_text("in for a penny, in for a pound " * 100)
+    changes = {
+        "data.source": str(text), "model.n_layer": 2, "model.n_head": 2, "model.n_embd": 16,
+        "model.block_size": 16, "train.max_steps": 1, "run.dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    trainer = Trainer({**{k: v for k, v in SHORT.items() if "optim" not in k}, **changes}, progress=Silent())
+    trainer.fit()
+    weights = dict(trainer.model.state_dict())
+    weights["transformer.h.1.attn.c_attn.weight"] = weights["transformer.h.1.attn.c_attn.weight"] * 1e25
+    batch = trainer.task.train.batch(0, 4, 1337)
+    facts = {"seed": 1337, "position": batch.position, "vocab_size": trainer.text.vocab_size, "why": "?"}
+    guard.save_incident(tmp_path / "run", 1, weights, [batch], facts)
+    found = replay(tmp_path / "run")
+    rows = {(row.name, row.what): row for row in found.forward}
+    assert not rows["h.1.attn.c_attn", "output"].wrong and rows["h.1.attn.c_proj", "input"].wrong
+    assert [row.what for row in found.forward].count("input") == 1
+    assert found.verdict.startswith("first wrong in the forward pass: the input of h.1.attn.c_proj is inf")
+    assert found.verdict.endswith("; in float64 it is not")
+    assert all(len(line) <= 80 for line in found.lines() if "wrong in" not in line)
+
+
+def test_replay_of_code_that_knows_float32_alone(tmp_path):
+    class Narrow(Net):
+        def forward(self, x):
+            return super().forward(x.astype(np.float32))
+
+    def build(poison=None):
+        made = task(poison)
+        made.model = Narrow()
+        return made
+
+    fit(tmp_path / "run", build(np.inf))
+    found = replay(tmp_path / "run", task=build())
+    assert found.exact is None and "does not run in float64" in found.note and "float32" in found.note
+    assert "the loss itself is inf" in found.verdict and "float64" not in found.verdict
+    assert any(row.wrong for row in found.backward) and "\n".join(found.lines()).count("<- wrong") >= 2
 
 
 def test_what_cannot_be_replayed(tmp_path):

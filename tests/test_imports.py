@@ -21,7 +21,7 @@ MAY_IMPORT = {
         "bench", "cllm", "config", "data", "figures", "generate", "kernels", "parallel", "replay", "saved",
         "contents", "sweep", "train", "userfile", "files", "verify",
     },
-    "contents": {"arrays", "checkpoint", "files", "progress", "records"},
+    "contents": {"arrays", "checkpoint", "files", "guard", "progress", "records"},
     "config": {
         "data", "gpt", "guard", "kernels", "metrics", "monitor", "optim", "schedules", "task", "userfile",
     },
@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "loop": {"arrays", "checkpoint", "lifecycle", "records", "rng", "task"},
     "metrics": {"kernels", "tensor"},
-    "monitor": {"kernels", "nn", "records", "tensor"},
+    "monitor": {"files", "kernels", "nn", "records", "tensor"},
     "nn": {"functional", "kernels", "rng", "tensor"},
     "optim": {"kernels", "parallel", "tensor", "userfile"},
     "parallel": set(),
@@ -69,7 +69,7 @@ MAY_IMPORT = {
     },
     "userfile": {"files"},
     "verdict": set(),
-    "verify": {"arrays", "checkpoint", "config", "progress", "records", "train"},
+    "verify": {"arrays", "checkpoint", "config", "parallel", "progress", "records", "train"},
     "watch": {"progress", "verdict"},
 }  # fmt: skip
 AT_TOP = {"numpy", "cllm", *sys.stdlib_module_names}

@@ -1,12 +1,19 @@
 """Runs that are stopped at the worst moments, by kills and by signals, end as one that was left alone."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import kills
 import pytest
+import soak
 
-from cllm import checkpoint, records, train
+from cllm import checkpoint, files, records, train, userfile
+from cllm._core import pool
 from cllm.guard import Guard
 from cllm.progress import Silent
 
@@ -37,10 +44,9 @@ def test_a_run_survives_kills(policy):
 def test_kills_that_changed_something_would_be_seen(config, tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         fit({**config, "train.seed": seed}, tmp_path / name)
-    found = kills.differences(tmp_path / "a", tmp_path / "b")
-    assert {line.split(" ")[0] for line in found} == {
-        "model.safetensors", "optimizer.safetensors", "the", "state:", "summary:"
-    }  # fmt: skip
+    found = " ".join(kills.differences(tmp_path / "a", tmp_path / "b"))
+    for what in ("model.safetensors", "optimizer.safetensors", "state", "summary", "record 1"):
+        assert f"{what}: differs" in found
 
 
 # The moments between two files ------------------------------------------------------------------------
@@ -99,14 +105,6 @@ def test_killed_before_old_checkpoints_were_deleted(config, tmp_path, monkeypatc
     assert_same(tmp_path / "alone", tmp_path / "killed")
 
 
-def signal_at(step, signum):
-    def callback(trainer, record):
-        if trainer.step == step and record["split"] == "train":
-            os.kill(os.getpid(), signum)
-
-    return callback
-
-
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_checkpoint_of_a_stop_is_not_where_a_run_goes_back_to(config, tmp_path, monkeypatch, keep):
     """The run that was never stopped has no such checkpoint, and goes back to the one before."""
@@ -129,3 +127,199 @@ def test_the_checkpoint_of_a_stop_is_not_where_a_run_goes_back_to(config, tmp_pa
             train.resume(tmp_path / "stopped", callbacks=[signal_at(step, signal.SIGTERM)], progress=Silent())
     train.resume(tmp_path / "stopped", progress=Silent())
     assert_same(tmp_path / "alone", tmp_path / "stopped")
+
+
+def test_what_a_kill_left_of_a_users_file_goes(tmp_path):
+    mine, folder = tmp_path / "my.py", tmp_path / "files"
+    mine.write_text("x = 1\n")
+    assert killed_child(2, "half", lambda: userfile.keep(userfile.digests([f"{mine}:x"]), folder))
+    assert [files.is_temporary(path.name) for path in folder.iterdir()] == [True]
+    userfile.keep(userfile.digests([f"{mine}:x"]), folder)
+    assert [path.read_text() for path in folder.iterdir()] == ["x = 1\n"]
+
+
+# Each operation of a process --------------------------------------------------------------------------
+
+
+def killed_child(n, moment, function):
+    """Whether a fork that calls the function is killed in its n-th operation on a file, or ends before it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            files.os = records.os = kills.Deadly(n, moment)
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+
+def test_killed_in_each_operation_while_more_steps_are_asked_for(config, tmp_path, capfd):
+    """Its old end is undone, records after it are dropped, its configuration is rewritten; in this order."""
+    config |= {"schedule.name": "constant", "train.max_steps": 6, "train.checkpoint_interval": 0}
+    config |= {"train.eval_interval": 0, "train.keep_checkpoints": 1, "guard.spike": 0.0}
+    config |= {"optim.name": "sgd", "model.bias": False}  # fewer arrays, each of which is written by itself
+
+    def prolonged():
+        return train.resume(tmp_path / "run", {"train.max_steps": 8}, progress=Silent())
+
+    fit(config, tmp_path / "short")
+    shutil.copytree(tmp_path / "short", tmp_path / "run")
+    prolonged()
+    (tmp_path / "run").rename(tmp_path / "alone")
+    n, died = 0, True
+    while died:
+        n += 1
+        shutil.copytree(tmp_path / "short", tmp_path / "run")
+        died = killed_child(n, kills.MOMENTS[n % 3], prolonged)
+        if died and n % 2:
+            killed_child(n // 2, kills.MOMENTS[n % 3], prolonged)
+        assert prolonged()["step"] == 8
+        assert_same(tmp_path / "alone", tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+    there = capfd.readouterr().out
+    assert all(name in there for name in (".lock", "config.toml", "metrics.jsonl", "state.json", "gone"))
+    assert there.rstrip().endswith(".lock")  # up to the last one
+
+
+# Stops that are asked for ------------------------------------------------------------------------------
+
+
+def signal_at(step, *signals):
+    def callback(trainer, record):
+        if trainer.step == step and record["split"] == "train":
+            for signum in signals:
+                os.kill(os.getpid(), signum)
+
+    return callback
+
+
+def cllm(*words, struck=()):
+    """The end of `cllm ...` in a process of its own; `struck` is what tests/struck.py wants to know."""
+    program = [str(Path(kills.__file__).with_name("struck.py")), *struck] if struck else ["-m", "cllm"]
+    return subprocess.run([sys.executable, *program, *words], capture_output=True, text=True)
+
+
+def words(config, run_dir):
+    """A run as a command."""
+    values = {**config, "run.dir": run_dir, "train.metrics": ",".join(config["train.metrics"])}
+    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]
+
+
+def assert_stopped(run_dir, step):
+    """There is a checkpoint of all that was done, and no summary."""
+    assert checkpoint.step_of(checkpoint.newest(run_dir)) == step
+    assert records.Run(run_dir).records[-1]["step"] == step
+    assert records.Run(run_dir).state == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [("SIGTERM", 143, "cllm: stopped by SIGTERM\n"), ("SIGINT", 130, "cllm: interrupted\n")],
+)
+def test_a_signal_saves_before_the_end(config, tmp_path, name, status, said):
+    fit(config, tmp_path / "alone")
+    run_dir = tmp_path / "stopped"
+    done = cllm(*words(config, run_dir), struck=[name, "0", "2", "step"])
+    assert (done.returncode, done.stderr) == (status, said)
+    assert f"at step 3; continue with: cllm resume {run_dir}" in done.stdout
+    assert_stopped(run_dir, 3)
+    # In the midst of a checkpoint: it is written to its end, and the next step is the last one.
+    done = cllm("resume", str(run_dir), struck=[name, "0", "10", "model.safetensors"])
+    assert (done.returncode, done.stderr) == (status, said)
+    assert_stopped(run_dir, 11)
+    done = cllm("resume", str(run_dir))
+    assert done.returncode == 0 and done.stderr == "", done
+    assert kills.differences(tmp_path / "alone", run_dir, but=("random",)) == []
+
+
+def test_the_time_that_was_allowed_saves_before_the_end(config, tmp_path):
+    fit(config, tmp_path / "alone")
+    run_dir = tmp_path / "stopped"
+    for step, command in ((1, words(config, run_dir)), (2, ["resume", str(run_dir)])):
+        done = cllm(*command, "--train.max-minutes=1e-6")
+        assert done.returncode == 124 and done.stderr == "", done
+        said = f"train.max_minutes are over, at step {step}; continue with: cllm resume {run_dir}"
+        assert said in done.stdout
+        assert_stopped(run_dir, step)
+    done = cllm("resume", str(run_dir), "--train.max-minutes=0")
+    assert done.returncode == 0, done
+    assert kills.differences(tmp_path / "alone", run_dir, but=("random",)) == []
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_second_signal_does_not_wait_for_the_step(config, tmp_path, name, status):
+    fit(config, tmp_path / "alone")
+    run_dir = tmp_path / "stopped"
+    done = cllm(*words(config, run_dir), struck=[f"{name},{name}", "0", "17", "step"])
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert records.Run(run_dir).records[-1]["step"] == 17
+    assert checkpoint.step_of(checkpoint.newest(run_dir)) <= 15
+    assert cllm("resume", str(run_dir)).returncode == 0
+    assert kills.differences(tmp_path / "alone", run_dir, but=("random",)) == []
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_in_the_last_checkpoint_finds_a_finished_run(config, tmp_path, name, status):
+    fit(config, tmp_path / "alone")
+    done = cllm(*words(config, tmp_path / "stopped"), struck=[name, "0", "30", "model.safetensors"])
+    assert done.returncode == status and "finished 30 steps" in done.stdout, done
+    assert kills.differences(tmp_path / "alone", tmp_path / "stopped", but=("random",)) == []
+
+
+def test_signals_are_left_to_those_who_handle_them(config, tmp_path):
+    seen = []
+    before = [signal.signal(signal.SIGTERM, lambda *_: seen.append("mine"))]
+    before.append(signal.signal(signal.SIGINT, signal.SIG_IGN))
+    try:
+        assert fit(config, tmp_path / "run", [signal_at(3, signal.SIGTERM, signal.SIGINT)])["step"] == 30
+        assert seen == ["mine"] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, tmp_path / "other", [signal_at(3, signal.SIGINT)])
+    assert [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)] == before
+
+
+def test_a_run_outside_the_main_thread(config, tmp_path):
+    ends = []
+    thread = threading.Thread(target=lambda: ends.append(fit(config, tmp_path / "run")["state"]))
+    thread.start()
+    thread.join()
+    assert ends == ["finished"]
+
+
+# The soak ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_nothing_open(monkeypatch):
+    monkeypatch.setattr(soak, "STEPS", 30)
+    monkeypatch.setattr(soak, "STOPS", (8, 23))
+    growth = soak.run(0, say=lambda line: None)
+    assert {"files", "threads", "pool_kb"}.isdisjoint(soak.too_much(growth)), growth
+
+
+def test_the_soak_would_see_what_is_left_open(monkeypatch):
+    left = []
+
+    def leave(config, run_dir):
+        buffer = pool.empty((10**6,))
+        buffer[...] = 0
+        left.append((os.open(config["data.source"], os.O_RDONLY), buffer, [[] for _ in range(1000)]))
+        left.append(threading.Thread(target=ended.wait))
+        left[-1].start()
+
+    monkeypatch.setattr(soak, "live", leave)
+    ended = threading.Event()
+    try:
+        assert soak.too_much(soak.run(0, say=lambda line: None)) == list(soak.GROWTH)
+    finally:
+        ended.set()
+        for one in left:
+            if isinstance(one, tuple):
+                os.close(one[0])
+            else:
+                one.join()

@@ -1,8 +1,9 @@
-"""What records hold of a run's inside, and the same as TensorBoard events; a run measured afterwards."""
+"""What records hold of a run's inside, and the same as TensorBoard events."""
 
+import errno
 import json
 import math
-import re
+import os
 import struct
 import sys
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 import cllm
-from cllm import cli, monitor, records, saved
 from cllm import config as configs
+from cllm import monitor, records
 from cllm.errors import InputError
+from cllm.guard import Guard
 from cllm.progress import Silent
 from cllm.train import Trainer, resume
 
@@ -129,25 +131,49 @@ def test_each_step_tells_where_its_time_went(tmp_path, text_path):
 # TensorBoard ----------------------------------------------------------------------------------------
 
 
+def masked_crc32c(content):
+    """As the format wants it, bit by bit: Castagnoli's polynomial, rotated, with a constant added."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
 def events(run_dir):
-    """(step, tag) -> value of a run's event files: length, checksum, message, checksum, again and again."""
+    """(step, tag) -> value of a run's event file: length, checksum, message, checksum, again and again."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
-    for path in sorted((run_dir / "tensorboard").iterdir()):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
-            event = Event.FromString(content[at + 12 : at + 12 + length])
-            found += [((event.step, value.tag), value.simple_value) for value in event.summary.value]
-            at += length + 16
+    (path,) = (run_dir / "tensorboard").iterdir()
+    assert "tfevents" in path.name  # by which TensorBoard knows it
+    content, at, messages = path.read_bytes(), 0, []
+    while at < len(content):
+        length, of_length = struct.unpack_from("<QI", content, at)
+        message = content[at + 12 : at + 12 + length]
+        (of_message,) = struct.unpack_from("<I", content, at + 12 + length)
+        assert of_length == masked_crc32c(content[at : at + 8]) and of_message == masked_crc32c(message)
+        messages.append(Event.FromString(message))
+        at += length + 16
+    assert messages[0].file_version == "brain.Event:2"
+    found = [((e.step, value.tag), value.simple_value) for e in messages for value in e.summary.value]
     assert len({key for key, _ in found}) == len(found)  # no step twice
     return dict(found)
 
 
-def test_tensorboard_has_the_records(tmp_path, text_path):
-    pytest.importorskip("tensorboardX")
+def assert_events_are_the_records(run_dir):
+    found = events(run_dir)
+    wanted = {
+        (r["step"], f"{r['split']}/{key}"): value
+        for r in records.Run(run_dir).records for key, value in r.items()
+        if key not in ("step", "split") and isinstance(value, int | float)
+    }  # fmt: skip
+    assert found.keys() == wanted.keys() and {step for step, _ in found} == set(range(1, 13))
+    assert all(found[key] == pytest.approx(wanted[key], rel=1e-6) for key in found)
 
+
+def test_tensorboard_has_the_records(tmp_path, text_path):
     class Killed(Exception):
         pass
 
@@ -158,68 +184,44 @@ def test_tensorboard_has_the_records(tmp_path, text_path):
     with pytest.raises(Killed):
         fit(text_path, tmp_path / "run", [kill], monitor__tensorboard=True)
     resume(tmp_path / "run", progress=Silent())
-    found = events(tmp_path / "run")
-    wanted = {
-        (r["step"], f"{r['split']}/{key}"): value
-        for r in records.Run(tmp_path / "run").records for key, value in r.items()
-        if key not in ("step", "split")
-    }  # fmt: skip
-    assert found.keys() == wanted.keys() and {step for step, _ in found} == set(range(1, 13))
-    assert all(found[key] == pytest.approx(wanted[key], rel=1e-6) for key in found)
+    assert_events_are_the_records(tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [6, 7, 8, 11])  # of which 5 is the checkpoint before, or 10
+def test_tensorboard_goes_back_with_the_run(tmp_path, text_path, monkeypatch, step):
+    wrong = [step]
+
+    def judge(self, loss, norm):
+        self.seen = getattr(self, "seen", 0) + 1
+        return "asked for" if self.seen in wrong else None
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    _, summary = fit(text_path, tmp_path / "run", monitor__tensorboard=True, guard__policy="rollback")
+    assert summary["incidents"] == 1
+    assert_events_are_the_records(tmp_path / "run")
+
+
+def test_tensorboard_on_a_full_disk(tmp_path, text_path, monkeypatch):
+    """The run goes on, with one warning."""
+    from tensorboardX.record_writer import RecordWriter
+
+    left = [5]
+
+    def write(self, content):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    with pytest.warns(UserWarning, match="TensorBoard's file cannot be written .*No space left") as caught:
+        _, summary = fit(text_path, tmp_path / "run", monitor__tensorboard=True)
+    assert summary["state"] == "finished" and len(training(tmp_path / "run")) == 12
+    assert len([w for w in caught if "TensorBoard" in str(w.message)]) == 1
 
 
 def test_tensorboard_without_its_package(tmp_path, text_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    for name in ["tensorboardX", *[name for name in sys.modules if name.startswith("tensorboardX.")]]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"needs tensorboardX .*pip install"):
         fit(text_path, tmp_path / "run", monitor__tensorboard=True)
     assert not (tmp_path / "run").exists()
-
-
-# Measuring a run ------------------------------------------------------------------------------------
-
-
-def test_eval_measures_whole_splits(tmp_path, text_path, capsys):
-    trainer, summary = fit(text_path, tmp_path / "run", train__metrics=["accuracy"])
-    run_dir = str(tmp_path / "run")
-    (split,) = saved.evaluate(run_dir).items()
-    assert split[0] == "val" and split[1]["loss"] == summary["val_loss"]
-    assert split[1]["tokens"] == len(trainer.text.val) - 1 and 0 <= split[1]["accuracy"] <= 1
-    test = saved.evaluate(run_dir, split="test", measured=["bits_per_byte"])["test"]
-    assert test["tokens"] == len(trainer.text.test) - 1
-    # Each character is one byte here.
-    assert test["bits_per_byte"] == pytest.approx(test["loss"] / math.log(2), rel=1e-6)
-
-    other = tmp_path / "other.txt"
-    other.write_text("norm layer loss ratio " * 30)
-    found = saved.evaluate(run_dir, other)[str(other)]
-    assert found["tokens"] == 22 * 30 - 1
-    assert cli.main(["eval", run_dir, "--data.source", str(other), "--metrics", "top5"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith(f"{other}: loss {found['loss']:.6g}, perplexity") and "top5" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--split", "vall"], "split is 'vall', .* has train and val and test"),
-        (["--metrics", "acuracy"], 'metrics has "acuracy" .*accuracy'),
-        (["--data.source", "nothing.txt"], "nothing.txt"),
-        (["--data.source", "other.txt"], "'X'"),
-        (["--data.source", "other.txt", "--split", "val"], "data.source is given, and split is 'val'"),
-    ],
-)
-def test_bad_words_of_eval(tmp_path, text_path, monkeypatch, capsys, words, message):
-    monkeypatch.chdir(tmp_path)
-    fit(text_path, tmp_path / "run", train__max_steps=2)
-    (tmp_path / "other.txt").write_text("XYZ" * 100)
-    assert cli.main(["eval", "run", *words]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert re.search(message, err), err
-
-
-def test_a_changed_text_is_told(tmp_path, text_path):
-    fit(text_path, tmp_path / "run", train__max_steps=2)
-    text_path.write_text(text_path.read_text() + " loss")
-    with pytest.raises(InputError, match=r"has changed since .*cllm eval .* --data.source"):
-        saved.evaluate(tmp_path / "run")

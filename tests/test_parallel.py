@@ -4,20 +4,20 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cllm
-from cllm import checkpoint, nn, optim, parallel, records
+from cllm import checkpoint, guard, nn, optim, parallel, records
 from cllm.errors import InputError
+from cllm.files import Lock
 from cllm.tensor import Parameter
 
 BESIDE = Path(sys.executable).parent / "mpirun"
@@ -154,24 +154,31 @@ BASE = {
 }  # fmt: skip
 
 
-def start(folder, n, *words):
+def start(folder, n, *words, program=("-m", "cllm")):
     """Begin `cllm ...` on n units; 0 is without mpirun."""
     launch = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", str(n)] if n else []
     environment = {**os.environ, "CLLM_CACHE": str(folder / "cache"), "OMPI_MCA_btl": "self,sm"}
     return subprocess.Popen(
-        [*launch, sys.executable, "-m", "cllm", *words], cwd=folder, env=environment, text=True,
+        [*launch, sys.executable, *program, *words], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def start_training(folder, n, run_dir, **changes):
+def flags(run_dir, **changes):
     values = {**BASE, **{key.replace("__", "."): value for key, value in changes.items()}}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
-    return start(folder, n, "train", *flags, f"--run.dir={run_dir}")
+    return ["train", *flags, f"--run.dir={run_dir}"]
+
+
+def start_training(folder, n, run_dir, **changes):
+    return start(folder, n, *flags(run_dir, **changes))
 
 
 def finish(process, timeout=120):
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()  # where it hangs
     return process.returncode, out, err
 
 
@@ -203,6 +210,72 @@ def test_any_number_of_units_gives_the_same_bits(folder):
 
 
 @needs_mpi
+def test_units_prefetch_and_measure_the_same(folder):
+    """Batches made ahead, of each unit's own leaves; what modules give, over the leaves of all units."""
+    changes = {"monitor__activations": 4, "train__prefetch": 2, "train__grad_accum": 8}
+    for n in (0, 2, 4):
+        code, _, err = finish(start_training(folder, n, f"units-{n}", **changes))
+        assert code == 0, err
+    code, _, err = finish(start_training(folder, 0, "plain", **{**changes, "train__prefetch": 0}))
+    assert code == 0, err
+    whole = checkpoint.newest(folder / "plain")
+    for n in (0, 2, 4):
+        part = folder / f"units-{n}" / "checkpoints" / whole.name / "model.safetensors"
+        assert part.read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert untimed(folder / f"units-{n}") == untimed(folder / "plain")
+    assert any("activation_rms.h.0.mlp" in record for record in untimed(folder / "plain"))
+
+
+TASK = """
+import numpy as np
+import cllm
+from cllm import rng
+from cllm.data import Batch
+
+
+class Poisoned:
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, indices):
+        inputs = np.random.default_rng(0).standard_normal((200, 3)).astype(np.float32)[indices]
+        inputs[indices == 7] = np.inf
+        return Batch(inputs, indices % 2)
+
+
+def build(config):
+    rng.manual_seed(0)
+    return cllm.Task(cllm.nn.Sequential(cllm.nn.Linear(3, 4), cllm.nn.Linear(4, 2)), Poisoned())
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_units_decide_alike_about_a_bad_step(folder, policy):
+    (folder / "my.py").write_text(TASK)
+    words = [
+        "train", "--task.build=my.py:build", f"--guard.policy={policy}", "--train.batch-size=2",
+        "--train.grad-accum=4", "--train.max-steps=60", "--train.checkpoint-interval=5", "--train.threads=1",
+        "--train.eval-interval=0", "--schedule.warmup-steps=2", "--guard.limit=100",
+    ]  # fmt: skip
+    for n in (0, 2, 4):
+        code, out, err = finish(start(folder, n, *words, f"--run.dir=units-{n}"))
+        assert code == (1 if policy == "stop" else 0), (out, err)
+        assert out.count("cllm replay") == err.count("cllm replay") + out.count("cllm replay") > 0
+    ours = [records.Run(folder / f"units-{n}") for n in (0, 2, 4)]
+    assert len({run.summary.get("incidents") for run in ours}) == 1
+    assert untimed(ours[0].path) == untimed(ours[1].path) == untimed(ours[2].path)
+    bad = [sorted(path.name for path in guard.incidents(run.path)) for run in ours]
+    assert bad[0] == bad[1] == bad[2] != []
+    for name in bad[0]:  # also the micro-batches of other units
+        kept = [run.path / "incidents" / name / "batch.safetensors" for run in ours]
+        assert kept[0].read_bytes() == kept[1].read_bytes() == kept[2].read_bytes()
+    code, out, err = finish(start(folder, 0, "replay", "units-4"))
+    first = "first wrong in the forward pass: the input of 0 is infinite or NaN in"
+    assert code == 0 and first in out, (out, err)
+
+
+@needs_mpi
 def test_units_resume(folder):
     constant = {"schedule__name": "constant"}
     code, _, err = finish(start_training(folder, 2, "run", train__max_steps=7, **constant))
@@ -214,40 +287,61 @@ def test_units_resume(folder):
     assert a.parent.name == "step-00000012" and a.read_bytes() == b.read_bytes()
 
 
+def strike(folder, n, name, rank, step, place, *words):
+    """What `finish` gives of n units of which one is struck by a signal."""
+    program = str(Path(__file__).with_name("struck.py"))
+    return finish(start(folder, n, name, str(rank), str(step), place, *words, program=(program,)), 60)
+
+
+def assert_same_end(folder, name):
+    """As if it had been one unit that was never stopped; outside of steps each draws its own numbers."""
+    code, _, err = finish(start_training(folder, 0, "alone"))
+    assert code == 0, err
+    assert kills.differences(folder / "alone", folder / name, but=("units", "random")) == []
+
+
 @needs_mpi
-def test_a_unit_that_dies_ends_the_run(folder):
-    long = {"train__max_steps": 100000, "train__checkpoint_interval": 20, "train__eval_interval": 0}
-    process = start_training(folder, 2, "run", **long)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list((folder / "run" / "checkpoints").glob("step-*"))) < 2:
-            assert process.poll() is None and time.monotonic() < deadline, finish(process)
-            time.sleep(0.05)
-        os.kill(units_of(process)[1], signal.SIGKILL)
-        killed = time.monotonic()
-        code, _, err = finish(process, 30)
-        seconds = time.monotonic() - killed
-    finally:
-        process.kill()
-    assert code not in (0, 2) and seconds < 20 and re.search(r"signal 9|Killed", err), (seconds, err)
-    assert checkpoint.newest(folder / "run") is not None
-    assert not records.Run(folder / "run").summary
+@pytest.mark.parametrize(
+    ("rank", "step", "place"),
+    [(0, 8, "step"), (1, 8, "step"), (0, 10, "optimizer.safetensors")],
+)
+def test_a_unit_that_dies_ends_the_run_which_any_number_goes_on_with(folder, rank, step, place):
+    for n, command in ((2, flags("run")), (4, ["resume", "run"])):
+        code, _, err = strike(folder, n, "SIGKILL", rank, step, place, *command)
+        assert code not in (0, 2) and re.search(r"signal 9|Killed", err), (code, err)
+        assert checkpoint.newest(folder / "run").name == "step-00000005"
+        assert not records.Run(folder / "run").summary
+    code, _, err = finish(start(folder, 0, "resume", "run"))
+    assert code == 0, err
+    assert_same_end(folder, "run")
 
 
-def units_of(process):
-    """The processes of a running mpirun, by rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = dict(
-                item.partition("=")[::2] for item in (path / "environ").read_text().split("\0")
-            )
-        except (OSError, ValueError):
-            continue
-        if parent == process.pid and "OMPI_COMM_WORLD_RANK" in environment:
-            found[int(environment["OMPI_COMM_WORLD_RANK"])] = int(path.name)
-    return found
+@needs_mpi
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_one_unit_stops_all_and_any_number_goes_on(folder, name, status):
+    code, out, err = strike(folder, 2, name, 1, 2, "step", *flags("run"))
+    assert code == status and "Traceback" not in err, (code, err)
+    assert out.count("at step 3; continue with: cllm resume run") == 1
+    assert checkpoint.newest(folder / "run").name == "step-00000003"
+    code, out, err = strike(folder, 4, name, 3, 7, "step", "resume", "run")
+    assert code == status, err
+    code, _, err = finish(start(folder, 2, "resume", "run"))
+    assert code == 0, err
+    assert_same_end(folder, "run")
+
+
+@needs_mpi
+def test_the_first_units_own_error_before_the_loop_ends_all(folder):
+    assert strike(folder, 2, "SIGTERM", 0, 7, "step", *flags("run"))[0] == 143
+    with Lock(folder / "run"):
+        code, _, err = finish(start(folder, 2, "resume", "run"), 60)
+    said = [line for line in err.splitlines() if line.startswith("cllm")]
+    assert code == 2 and len(said) == 1 and f"in use by process {os.getpid()}" in said[0], err
+    metrics = folder / "run" / "metrics.jsonl"
+    metrics.write_text("no record\n" + metrics.read_text())
+    code, _, err = finish(start(folder, 2, "resume", "run"), 60)
+    said = [line for line in err.splitlines() if line.startswith("cllm")]
+    assert code == 2 and len(said) == 1 and "metrics.jsonl, line 1, is not a record" in said[0], err
 
 
 @needs_mpi

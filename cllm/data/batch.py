@@ -240,7 +240,7 @@ class WindowFeed:
     unit = "token"
 
     def __init__(self, tokens, block_size):
-        self.tokens, self.block_size = tokens, block_size
+        self.dataset, self.block_size = tokens, block_size
         self.n_windows = tokens.n_windows(block_size)
         self.size = block_size  # units in an example
         self.first = tokens.array[:1]
@@ -251,17 +251,17 @@ class WindowFeed:
 
     def batch(self, index, batch_size, seed):
         n = len(self) if batch_size == "full" else batch_size
-        starts = self.tokens.starts(index, n, self.block_size, seed)
-        arrays = self.pool.empty((n, self.block_size), mask=self.tokens.masked)
-        return Batch(*self.tokens.gather(starts, self.block_size, arrays), self.position(index, batch_size))
+        starts = self.dataset.starts(index, n, self.block_size, seed)
+        arrays = self.pool.empty((n, self.block_size), mask=self.dataset.masked)
+        return Batch(*self.dataset.gather(starts, self.block_size, arrays), self.position(index, batch_size))
 
     def batches(self, batch_size):
-        for arrays in self.tokens.masked_windows(self.block_size, batch_size):
+        for arrays in self.dataset.masked_windows(self.block_size, batch_size):
             yield Batch(*arrays)
 
     def position(self, index, batch_size):
         n = len(self) if batch_size == "full" else batch_size
-        return self.tokens.position(index, n, self.block_size)
+        return self.dataset.position(index, n, self.block_size)
 
 
 class ExampleFeed:

@@ -48,9 +48,10 @@ def read(key):
     """
     try:
         path = folder() / "tokens" / key
-        entry = json.loads(path.with_suffix(".json").read_bytes())
+        content = path.with_suffix(".json").read_bytes()
+        entry = json.loads(content)
         description = entry["description"]
-        if description["dtype"] in DTYPES:
+        if description["dtype"] in DTYPES and content == _text(entry):  # every byte, not only the meaning
             array = np.asarray(np.memmap(path.with_suffix(".bin"), description["dtype"], mode="r"))
             if entry["sha256"] == _sha256(array, description):
                 return array, description
@@ -71,7 +72,7 @@ def write(key, array, description):
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {"sha256": _sha256(array, description), "description": description}
     write_atomic(path.with_suffix(".bin"), array.data)
-    write_atomic(path.with_suffix(".json"), json.dumps(entry, indent=1))
+    write_atomic(path.with_suffix(".json"), _text(entry))
 
 
 def scan(path, dtype):
@@ -150,6 +151,10 @@ def _fill(file, buffer):
     while n < len(buffer) and (more := file.readinto(view[n:])):
         n += more
     return n
+
+
+def _text(entry):
+    return json.dumps(entry, indent=1).encode()
 
 
 def _sha256(array, description):

@@ -196,15 +196,18 @@ def _token_file(path):
             f"{path} is damaged or another file: its SHA-256 is {sha256}, "
             f"{path.with_suffix('.json').name} says {description['sha256']}"
         )
-    tokenizer = None
+    tokenizer, vocab_size = None, description.get("vocab_size")
     if "tokenizer" in description:
-        tokenizer = tokenizer_from_dict(description["tokenizer"], f"tokenizer in {path.with_suffix('.json')}")
+        name = f"tokenizer in {path.with_suffix('.json')}"
+        tokenizer = tokenizer_from_dict(description["tokenizer"], name)
+        if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+            raise InputError(f"{name} has {tokenizer.vocab_size} tokens, and vocab_size is only {vocab_size}")
     return TokenFile(
         path=str(path),
         array=np.asarray(np.memmap(path, dtype, mode="r")),
         sha256=sha256,
         largest=largest,
-        vocab_size=description.get("vocab_size"),
+        vocab_size=vocab_size,
         tokenizer=tokenizer,
     )
 

@@ -4,6 +4,7 @@ A tokenizer has `encode`, `decode`, `check`, `byte_lengths`, `vocab_size` and `t
 returns is JSON, and `tokenizer_from_dict` makes the same tokenizer from it.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from cllm.errors import InputError, nearest
 
 __all__ = [
-    "ByteTokenizer", "CharTokenizer", "IdTokenizer", "load_tokenizer", "tokenizer_from_dict",
+    "ByteTokenizer", "CharTokenizer", "IdTokenizer", "digest", "load_tokenizer", "tokenizer_from_dict",
 ]  # fmt: skip
 
 MOST_TOKENS = 1 << 32  # what the widest tokens of a file can tell apart
@@ -187,6 +188,11 @@ def load_tokenizer(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a tokenizer.json: {error}") from None
     return tokenizer_from_dict(description, str(path))
+
+
+def digest(tokenizer):
+    """The SHA-256 of all that a tokenizer is, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(tokenizer.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def _code_points(text):
