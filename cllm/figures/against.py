@@ -1,11 +1,12 @@
 """A recorded value at the end of runs, against one key of their configs."""
 
 import math
+import textwrap
 
 import numpy as np
 
 from cllm.errors import InputError, nearest
-from cllm.figures.groups import by_setting, end, ended, hashable, mean_or_inf
+from cllm.figures.groups import by_setting, end, ended, hashable, mean_or_inf, varied
 from cllm.figures.style import (
     AXIS_NAMES,
     MARKERS,
@@ -18,10 +19,13 @@ from cllm.figures.style import (
     short,
     styled,
     text,
+    ticks_at,
 )
 from cllm.verdict import plus_minus
 
 __all__ = ["against"]
+
+MOST_COUNTS = 8  # places with failures that have room for their numbers
 
 
 @styled
@@ -33,7 +37,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     or diverged there is no mean: the other runs stay as dots, and a cross at the top counts the failures.
     Diverged is a value that is NaN or, of a language model's loss, 5 % above the first training loss. Runs
     without an end, such as those that a sweep dropped at a rung, are left out. Settings that each have a
-    value of x to themselves, as sampled ones have, are dots that nothing joins.
+    value of x to themselves, as sampled ones have, are marks that nothing joins, with one look for all that
+    only numbers tell apart.
 
     Parameters
     ----------
@@ -88,35 +93,45 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     if numeric:
         ticks.sort(key=lambda value: value[axis])
     places = {value: value[axis] if numeric else i for i, value in enumerate(ticks)}
-    lines = []  # (label, [(place, value of x, values of y)])
-    for label, group in by_setting(runs, over=(over, *keys)):
-        points = []
-        for value in dict.fromkeys(at_x[id(run)] for run in group):
-            values = np.array([ends[id(run)] for run in group if at_x[id(run)] == value])
-            points.append((places[value], value, values))
-        lines.append((label, sorted(points, key=lambda point: point[0])))
-    n_lines = len(lines)
-    scattered = n_lines > MAX_LINES and all(len(points) == 1 for _, points in lines)
+
+    def points(group):
+        """[(place, value of x, values of y)] of a line."""
+        found = {}
+        for run in group:
+            found.setdefault(at_x[id(run)], []).append(ends[id(run)])
+        points = [(places[value], value, np.array(values)) for value, values in found.items()]
+        return sorted(points, key=lambda point: point[0])
+
+    lines = [(label, points(group)) for label, group in by_setting(runs, over=(over, *keys))]
+    scattered = len(lines) > MAX_LINES and sum(len(line) == 1 for _, line in lines) > len(lines) / 2
     if scattered:
-        lines = [("", sorted((points[0] for _, points in lines), key=lambda point: point[0]))]
-        n_lines = 1
+        others = varied(runs, but=(over, *keys))
+        numbers = [key for key in others if all(_is_number(run.config.get(key, 0)) for run in runs)]
+        kinds = by_setting(runs, over=(over, *keys, *numbers))
+        lines = [
+            (kind, [point for _, group in by_setting(members, over=(over, *keys)) for point in points(group)])
+            for kind, members in kinds
+        ]
+    n_lines = len(lines)
     if n_lines > MAX_LINES:
-        rank = {label: min(mean_or_inf(sign * values) for _, _, values in points) for label, points in lines}
-        lines = sorted(lines, key=lambda line: rank[line[0]])[:MAX_LINES]
+        rank = {label: min(mean_or_inf(sign * values) for _, _, values in line) for label, line in lines}
+        lines = sorted(lines, key=lambda item: rank[item[0]])[:MAX_LINES]
 
     figure = Figure()
     axes = figure.subplots()
     legend = []
     best = None  # (signed mean, place, colour, words)
-    for index, ((label, points), marker) in enumerate(zip(lines, MARKERS)):
+    for index, ((label, line), marker) in enumerate(zip(lines, MARKERS)):
         color = f"C{index}"
         # Categories lie beside each other and are not joined: there is nothing between them.
-        shift = 0.0 if numeric else 0.1 * (index - (len(lines) - 1) / 2)
+        shift = 0.0 if numeric or scattered else 0.1 * (index - (len(lines) - 1) / 2)
         linestyle = "-" if numeric and not scattered else "none"
         complete = []
-        for place, value, values in points:
-            if len(values) > 1:
-                axes.plot([place + shift] * len(values), values, ".", color=color, alpha=0.45, zorder=2)
+        single = [(place, value) for place, _, values in line if len(values) > 1 for value in values]
+        if single:
+            where, values = np.array(single, float).T
+            axes.plot(where + shift, values, ".", color=color, alpha=0.45, zorder=2)
+        for place, value, values in line:
             if np.isnan(values).any():
                 continue
             error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -136,7 +151,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         star = {"marker": "*", "markersize": 14, "markeredgecolor": "black", "markeredgewidth": 0.8}
         axes.plot([best[1]], [sign * best[0]], color=best[2], zorder=4, **star)
         legend.append(Line2D([], [], color=best[2], linestyle="none", label=best[3], **star))
-    n_replicates = max(len(values) for _, points in lines for _, _, values in points)
+    n_replicates = max(len(values) for _, line in lines for _, _, values in line)
     replicate = "seed" if over == "train.seed" else f"value of {over}"
     if n_replicates > 1:
         legend.append(Line2D([], [], color="0.4", marker=".", linestyle="none", label=f"one {replicate}"))
@@ -146,9 +161,6 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
 
     if numeric:
         log_if_wide(axes, places.values())
-    if not numeric or len(ticks) <= 8:
-        axes.set_xticks(list(places.values()), [_together_text(value) for value in ticks])
-        axes.set_xticks([], minor=True)
     if not numeric:
         axes.set_xlim(-0.5, len(ticks) - 0.5)
 
@@ -162,29 +174,35 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         title += f"; best {len(lines)} of {n_lines} settings"
     if n_unended:
         title += f"; {n_unended} runs without an end left out"
-    axes.set_title(title, loc="left")
+    if scattered:
+        title += "; one mark a setting"
+    axes.set_title("\n".join(textwrap.wrap(title, 72)), loc="left")
     add_legend(figure, legend, "outside lower center", 76)
+    if not numeric or len(ticks) <= 8:
+        ticks_at(axes, list(places.values()), [_together_text(value) for value in ticks])
     return figure
 
 
 def _mark_failures(axes, lines):
     """Crosses at the top where runs failed, with their number; whether there are any."""
     counts = {}  # place -> [failed, all]
-    for _, points in lines:
-        for place, _, values in points:
+    for _, line in lines:
+        for place, _, values in line:
             count = counts.setdefault(place, [0, 0])
             count[0] += int(np.isnan(values).sum())
             count[1] += len(values)
     failures = {place: count for place, count in counts.items() if count[0]}
-    if failures:
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.16 * (high - low))
+    if not failures:
+        return False
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.16 * (high - low))
     across = axes.get_xaxis_transform()  # x in data, y as a share of the axes' height
-    for place, (failed, total) in failures.items():
-        axes.plot([place], [0.97], "X", color="0.25", markersize=8, transform=across, clip_on=False)
+    look = {"color": "0.25", "markersize": 8, "linestyle": "none", "transform": across, "clip_on": False}
+    axes.plot(list(failures), [0.97] * len(failures), "X", **look)
+    for place, (failed, total) in failures.items() if len(failures) <= MOST_COUNTS else ():
         below = {"xycoords": across, "xytext": (0, -7), "textcoords": "offset points"}
         axes.annotate(f"{failed} of {total}", (place, 0.97), **below, ha="center", va="top", fontsize=8.5)
-    return bool(failures)
+    return True
 
 
 def _values(run, keys):
@@ -194,8 +212,11 @@ def _values(run, keys):
 
 def _is_axis(values):
     """Whether values can be places on an axis: numbers, and no two the same."""
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return numbers and len(set(values)) == len(values)
+    return all(map(_is_number, values)) and len(set(values)) == len(values)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _together_text(values):

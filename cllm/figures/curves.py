@@ -30,7 +30,7 @@ NOT_METRICS = ("loss", "perplexity", "lr", "grad_norm")
 
 
 @styled
-def loss_curves(runs):
+def loss_curves(runs, of=None):
     """Training and validation loss over steps; learning rate and gradient norm below, where recorded.
 
     Without a split "val" the first other one that has a loss stands in its place.
@@ -43,6 +43,8 @@ def loss_curves(runs):
     ----------
     runs : list of records.Run
         At least one. Of more than seven settings, the seven with the lowest last validation loss are drawn.
+    of : int, optional
+        Of how many settings these are the best, if they are not all.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def loss_curves(runs):
     runs = [run for run in runs if len(run.series("train", "loss")[0])]
     if not runs:
         raise InputError("none of these runs has a recorded training step, so there is no loss curve to draw")
-    settings, legend, shown = _settings(runs, rank=_mean_end)
+    settings, legend, shown = _settings(runs, rank=_mean_end, of=of)
     drawn = [run for _, group in settings for run in group]
     raw = len(drawn) <= MAX_RAW
 
@@ -100,7 +102,7 @@ def loss_curves(runs):
             axes_of["grad_norm"].set_yscale("log")
         axes_of["grad_norm"].set_ylabel("gradient norm")
     for axes in axes_of.values():
-        plain_log_ticks(axes)
+        plain_log_ticks(axes.yaxis)
 
     loss_axes.set_ylabel("loss" + loss_unit(runs))
     last = others[-1] if others else loss_axes
@@ -121,7 +123,7 @@ def loss_curves(runs):
 
 
 @styled
-def metric_curves(runs, metrics=None):
+def metric_curves(runs, metrics=None, of=None):
     """What was measured besides the loss, over steps: a panel for each metric, a kind of line a split.
 
     Runs that differ in nothing but their seed share a colour: means over the seeds that have the step, and a
@@ -134,6 +136,8 @@ def metric_curves(runs, metrics=None):
     metrics : list of str, optional
         Names in the records, "loss" included; by default all numbers but those of the loss curves and of
         time, at most eight.
+    of : int, optional
+        Of how many settings these are the best, if they are not all.
 
     Returns
     -------
@@ -160,7 +164,7 @@ def metric_curves(runs, metrics=None):
     if not found:
         raise InputError("these runs have recorded no metric besides the loss, so there is none to draw")
     chosen = found[:MAX_PANELS]
-    settings, legend, shown = _settings(runs)
+    settings, legend, shown = _settings(runs, of=of)
     splits = list(dict.fromkeys(split for metric in chosen for split in splits_of[metric]))
     others = itertools.cycle(OTHER_LINESTYLES)
     styles = {split: LINESTYLES.get(split) or next(others) for split in splits}
@@ -244,7 +248,7 @@ def _smooth(values):
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _settings(runs, rank=None):
+def _settings(runs, rank=None, of=None):
     """The settings to draw, [(look, runs)], their legend, and words when they are not all.
 
     Of too many, those with the lowest `rank(runs)`, or the first.
@@ -252,7 +256,7 @@ def _settings(runs, rank=None):
     from matplotlib.lines import Line2D
 
     groups = by_setting(runs, over=("train.seed",))
-    words = ""
+    words = f"best {len(groups)} of {of} settings" if of else ""
     if len(groups) > MAX_LINES:
         words = f"{'best' if rank else 'first'} {MAX_LINES} of {len(groups)} settings"
         groups = (sorted(groups, key=lambda group: rank(group[1])) if rank else groups)[:MAX_LINES]

@@ -1,16 +1,24 @@
-"""The figures that suit a run's or a sweep's directory, as files."""
+"""The figures that suit a run's or a sweep's directory."""
 
+import csv
+import itertools
 import math
 import tomllib
 from pathlib import Path
 
 from cllm import records
+from cllm.errors import InputError
 from cllm.figures.against import against
 from cllm.figures.curves import is_metric, loss_curves, metric_curves
-from cllm.figures.groups import end, varied
-from cllm.figures.style import STYLE
+from cllm.figures.groups import Trial, by_setting, end, ended, mean_over, varied
+from cllm.figures.scaling import LEAST_SIZES, scaling_law
+from cllm.figures.style import MAX_LINES, STYLE, short, text
+from cllm.figures.sweeps import contenders, differences, heat_map, rungs, sensitivity
 
-__all__ = ["for_directory", "save"]
+__all__ = ["drawn", "for_directory", "save"]
+
+MOST_MAPS = 3  # heat maps of one block of a sweep's space
+LEAST_RATES = 3  # learning rates, for the sensitivity to them
 
 
 def save(figure, stem):
@@ -27,11 +35,7 @@ def save(figure, stem):
 
 
 def for_directory(path, out=None):
-    """Draw the figures that suit a run's or a sweep's directory.
-
-    A run gives its loss curves and, when it has recorded other metrics, theirs. A sweep gives those of its
-    settings, and its objective against each key that it varied, or keys that move together, unless all of
-    its trials failed.
+    """Draw the figures that suit a run's or a sweep's directory as files, see `drawn`.
 
     Parameters
     ----------
@@ -42,26 +46,145 @@ def for_directory(path, out=None):
     Returns
     -------
     list of Path
-        The files written: a PNG and an SVG of each figure, what a sweep asked for first.
+        The files written: a PNG and an SVG of each figure.
     """
-    path = Path(path)
-    runs = records.load(path)
-    out = Path(out) if out is not None else path / "figures"
-    paths = []
+    out = Path(out) if out is not None else Path(path) / "figures"
+    return [written for name, figure in drawn(path) for written in save(figure, out / name)]
+
+
+def drawn(path):
+    """The figures that suit a run's or a sweep's directory, one after the other.
+
+    A run gives its loss curves and, when it has recorded other metrics, theirs. A sweep gives these of its
+    best seven settings, and before, as far as what it varied and how it went allow them:
+
+    - against: its objective against each key that it varied, or keys that move together
+    - heat_map: against two keys that one block of its space varies (the first three pairs of a block)
+    - sensitivity: of a grid with three learning rates or more, the same for all settings of other keys
+    - contenders: for each key with words as values, such as optim.name
+    - differences: from the best setting, as its summary.json has them
+    - rungs: with [prune]
+    - scaling_law: when its trials have at least six sizes of model
+
+    Trials with the fresh seeds of [confirm] are in the differences alone.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Yields
+    ------
+    name : str
+        Of the file, without its ending.
+    figure : matplotlib.figure.Figure
+    """
+    path, of = Path(path), None
     if (path / "sweep.toml").is_file():
-        resolved = tomllib.loads((path / "sweep.toml").read_text(encoding="utf-8"))
-        sweep = resolved["sweep"]
-        how = {"y": sweep["objective"], "at": sweep["at"], "goal": sweep["goal"]}
+        sweep = tomllib.loads((path / "sweep.toml").read_text(encoding="utf-8"))
+        how = {"y": sweep["sweep"]["objective"], "at": sweep["sweep"]["at"], "goal": sweep["sweep"]["goal"]}
+        runs = _trials(path, sweep["sweep"])
         if not all(math.isnan(end(run, **how)) for run in runs):
-            for keys in _axes(resolved["space"], varied(runs, but=("train.seed",))):
-                stem = f"{sweep['objective']}-against-{'+'.join(keys)}"
-                paths += save(against(runs, ",".join(keys), **how), out / stem)
+            yield from _of_sweep(path, sweep, runs, how)
+        runs, of = _best(runs, how)
+    else:
+        runs = records.load(path)
     names = {name for run in runs for name in run.names()}
     if "train.loss" in names:
-        paths += save(loss_curves(runs), out / "loss_curves")
+        yield "loss_curves", loss_curves(runs, of=of)
     if any(is_metric(name.partition(".")[2]) for name in names) or "train.loss" not in names:
-        paths += save(metric_curves(runs), out / "metric_curves")
-    return paths
+        yield "metric_curves", metric_curves(runs, of=of)
+
+
+def _trials(path, config):
+    """The search's trials that have begun, as the table tells; without a table, as their own files do."""
+    seeds, found, configs = config.get("seeds"), [], {}
+    try:
+        with open(path / "results.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return [run for run in records.load(path) if seeds is None or run.config.get("train.seed") in seeds]
+    judged = config["objective"], config["at"]
+    for row in rows:
+        run = records.Run(path / "trials" / f"s{int(row['setting']):03d}-seed{row['seed']}")
+        if int(row["seed"]) not in seeds or row["state"] == "pending":
+            continue
+        # The trials of a setting differ in their seeds alone, and one file is read for all of them.
+        of_setting = configs.get(row["setting"]) or configs.setdefault(row["setting"], run.config)
+        if of_setting:
+            state = row["state"] if row["state"] in ("finished", "failed") else "unfinished"
+            value = float(row[config["objective"]]) if row[config["objective"]] else None
+            one = {**of_setting, "train.seed": int(row["seed"])}
+            found.append(Trial(run.path, one, state, int(row["step"]), judged, value))
+    if not found:
+        raise InputError(f"no trial of {path} has begun, so there is nothing to draw")
+    return found
+
+
+def _best(runs, how):
+    """The runs of as many settings as have room in one figure, the best; and of how many, if not of all."""
+    sign = 1 if how["goal"] == "minimize" else -1
+    settings = mean_over(runs, "train.seed", **how)
+    if len(settings) <= MAX_LINES:
+        return runs, None
+    ranked = sorted(settings, key=lambda item: math.inf if math.isnan(item[1]) else sign * item[1])
+    return [run for group, _ in ranked[:MAX_LINES] for run in group], len(settings)
+
+
+def _of_sweep(path, sweep, runs, how):
+    """What a sweep asked for; at least one of its trials has finished."""
+    objective = how["y"]
+    keys = varied(runs, but=("train.seed",))
+    for group in _axes(sweep["space"], keys):
+        yield f"{objective}-against-{'+'.join(group)}", against(runs, ",".join(group), **how)
+    named = {"z": objective, "at": how["at"], "goal": how["goal"]}
+    for number, block in enumerate(sweep["space"], 1):
+        mine = [run for run in ended(runs) if _lies_in(run, block)]
+        axes = [group[0] for group in _axes([block], varied(mine, but=("train.seed",)))]
+        for one, other in itertools.islice(itertools.combinations(axes, 2), MOST_MAPS):
+            if not all(math.isnan(end(run, **how)) for run in mine):
+                of_block = f"-block-{number}" if len(sweep["space"]) > 1 else ""
+                yield f"{objective}-over-{one}-and-{other}{of_block}", heat_map(mine, one, other, **named)
+    is_loss = objective.endswith(".loss") and how["goal"] == "minimize"
+    is_grid = sweep["sweep"].get("method", "grid") == "grid" and len(ended(runs)) == len(runs)
+    if is_loss and is_grid and _has_rates(runs):
+        yield "sensitivity", sensitivity(runs, y=objective, at=how["at"])
+    for key in keys:
+        values = {run.config[key] for run in runs if isinstance(run.config.get(key), str | bool)}
+        if len(values) > 1:
+            yield f"contenders-{key}", contenders(runs, key, **how)
+    summary = records.Run(path).summary
+    of_best = [one for one in summary.get("comparisons", ()) if one["setting"] == summary["best"]]
+    if any(one["interval"] for one in of_best):
+        settings = {entry["setting"]: entry["values"] for entry in summary["settings"]}
+        yield "differences", differences(summary, lambda number: _words(settings[number], keys))
+    prune = sweep.get("prune", {})
+    if prune.get("method", "none") != "none":
+        yield "rungs", rungs(runs, prune["steps"], objective, goal=how["goal"])
+    if is_loss:
+        complete = [group[0] for group, mean in mean_over(ended(runs), "train.seed", **how) if mean == mean]
+        if len({run.summary.get("parameters") for run in complete} - {None}) >= LEAST_SIZES:
+            yield "scaling_law", scaling_law(runs, objective, at=how["at"])
+
+
+def _words(setting, keys):
+    """A setting by the keys that the sweep has varied."""
+    words = [f"{short(key)} = {text(setting[key])}" for key in keys if key in setting]
+    return ", ".join(words) or "the one setting"
+
+
+def _lies_in(run, block):
+    """Whether a run is of a block of the space, as far as what is fixed there tells."""
+    fixed = {key: value for key, value in block.items() if not isinstance(value, list | dict)}
+    return all(run.config.get(key) == value for key, value in fixed.items())
+
+
+def _has_rates(runs):
+    """Whether settings of other keys, at least two, all have the same learning rates, at least three."""
+    if not any("optim.lr" in run.config for run in runs):
+        return False
+    groups = by_setting(runs, over=("train.seed", "optim.lr"))
+    rates = {frozenset(run.config.get("optim.lr") for run in group) for _, group in groups}
+    return 1 < len(groups) <= MAX_LINES and len(rates) == 1 and len(rates.pop()) >= LEAST_RATES
 
 
 def _axes(space, varied):

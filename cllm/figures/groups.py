@@ -5,9 +5,35 @@ from pathlib import Path
 
 import numpy as np
 
-from cllm.figures.style import is_task, short, text
+from cllm import records
+from cllm.figures.style import is_task, short, text, unmarked
 
-__all__ = ["by_setting", "end", "ended", "hashable", "mean_or_inf", "mean_over", "varied"]
+__all__ = ["Trial", "by_setting", "end", "ended", "hashable", "mean_or_inf", "mean_over", "varied"]
+
+
+class Trial(records.Run):
+    """A run whose state and end its sweep's table tells: of 2,000 of them the records take too long to read.
+
+    Parameters
+    ----------
+    path : Path
+    config : dict
+        Flat, as that of a run.
+    state : str
+        "finished", "failed", or "unfinished": dropped at a rung or still going.
+    step : int
+    judged : tuple
+        The objective, and at of the sweep.
+    value : float or None
+        What it has reached in the objective.
+    """
+
+    state = None  # the table's, not that of a summary
+
+    def __init__(self, path, config, state, step, judged, value):
+        super().__init__(path)
+        self.config, self.state, self.step, self.judged = config, state, step, judged
+        self.value = math.nan if value is None else value
 
 
 def varied(runs, but):
@@ -38,21 +64,26 @@ def by_setting(runs, over):
     for group in groups.values():
         config = group[0].config
         words = [f"{short(key)} = {text(config[key])}" for key in keys if key in config]
-        labelled.append((", ".join(words) or Path(group[0].path).resolve().name, group))
+        labelled.append((", ".join(words) or unmarked(Path(group[0].path).resolve().name), group))
     return labelled
 
 
 def end(run, y, at, goal):
     """The run's value of `y`; NaN when it did not finish, has none or, a language model's, diverged."""
+    if run.state != "finished":
+        return math.nan
     split, _, metric = y.partition(".")
-    if run.state != "finished" or y not in run.names():
+    if isinstance(run, Trial) and run.judged == (y, at):
+        value = run.value
+    elif y in run.names():
+        values = run.series(split, metric)[1]
+        best = np.fmin if goal == "minimize" else np.fmax  # they pass over NaN, as `sweep` does
+        value = float(values[-1] if at == "last" else best.reduce(values))
+    else:
         return math.nan
-    values = run.series(split, metric)[1]
-    best = np.fmin if goal == "minimize" else np.fmax  # they pass over NaN, as `sweep` does
-    value = float(values[-1] if at == "last" else best.reduce(values))
-    starts = run.series("train", "loss")[1]
-    if metric == "loss" and not is_task(run) and len(starts) and value > 1.05 * starts[0]:
-        return math.nan
+    if metric == "loss" and not is_task(run):
+        start = run.first("train", "loss")
+        return math.nan if start is not None and value > 1.05 * start else value
     return value
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from cllm.errors import InputError
 from cllm.figures.groups import end, ended, mean_over
-from cllm.figures.style import loss_unit, objective_name, styled
+from cllm.figures.style import add_legend, loss_unit, objective_name, styled, ticks_at
 
 __all__ = ["fit_power_law", "scaling_law"]
 
@@ -41,7 +41,6 @@ def scaling_law(runs, y="val.loss", over="train.seed", at="last"):
     number of tokens. `fit_power_law` says how it is fitted.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
 
     best = {}  # parameters -> (mean, runs)
     for group, mean in mean_over(ended(runs), over, y, at, "minimize"):
@@ -56,29 +55,31 @@ def scaling_law(runs, y="val.loss", over="train.seed", at="last"):
     errors = [v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in spread]
     fit = fit_power_law(sizes, losses)
 
-    figure = Figure(figsize=(7.0, 5.2))
+    figure = Figure(figsize=(7.2, 5.8))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     grid = np.geomspace(sizes[0], sizes[-1], 200)
     line, reach = fit.curve(grid)
-    band = {"color": "C0", "alpha": 0.2, "linewidth": 0, "label": "95 % band"}
-    above.fill_between(grid, line - reach, line + reach, **band)
-    low, high = fit.interval("alpha")
-    law = f"{fit.E:.2f} + ({fit.N_A:.3g} / N)^{fit.alpha:.2f}, exponent {low:.2f} to {high:.2f}"
-    above.plot(grid, line, color="C0", label=law)
-    above.errorbar(sizes, losses, yerr=errors, color="black", fmt="o", label="mean ± standard error")
+    intervals = [fit.interval(value) for value in ("E", "alpha")]
+    E, alpha = (f"{low:.2f} to {high:.2f}" for low, high in intervals)
+    law = f"E + (N1 / N)^α: E = {fit.E:.2f} ({E}), α = {fit.alpha:.2f} ({alpha}), N1 = {_count(fit.N_A)}"
+    fill = {"color": "C0", "alpha": 0.2, "linewidth": 0, "label": "its 95 % band; in brackets 95 % intervals"}
+    band = above.fill_between(grid, line - reach, line + reach, **fill)
+    (curve,) = above.plot(grid, line, color="C0", label=law)
+    error = "mean ± standard error" if any(errors) else "one run"
+    points = {"yerr": errors if any(errors) else None, "color": "black", "fmt": "o"}
+    dots = above.errorbar(sizes, losses, label=error, **points)
     name = objective_name(y)
     above.set_xscale("log")
     above.set_ylabel(name + loss_unit(runs, y))
-    above.legend()
     title = f"{name[0].upper()}{name[1:]} of {len(sizes)} sizes, each at its best setting"
     above.set_title(title, loc="left")
-    below.errorbar(sizes, losses - fit.curve(np.array(sizes, float))[0], yerr=errors, color="black", fmt="o")
+    below.errorbar(sizes, losses - fit.curve(sizes)[0], **points)
     below.axhline(0, color="C0")
     below.set_ylabel("residual")
     below.set_xlabel("parameters N")
-    below.set_xticks(sizes, [_count(n) for n in sizes], fontsize=8)
-    below.xaxis.set_minor_formatter(NullFormatter())
-    below.set_xticks([], minor=True)
+    figure.align_ylabels()
+    add_legend(figure, [dots, curve, band], "outside lower center", 90)
+    ticks_at(below, sizes, [_count(n) for n in sizes])
     return figure
 
 
@@ -91,10 +92,10 @@ class _Fit:
         self.N_A = x0 * max(scale, 0.0) ** (1 / self.alpha) if self.alpha else math.nan
 
     def interval(self, name):
-        """The 95 % interval of "E" or "alpha", by Student's t with n - 3 degrees of freedom."""
+        """The 95 % interval of "E" or "alpha", not below 0; Student's t with n - 3 degrees of freedom."""
         index = {"E": 0, "alpha": 2}[name]
         reach = self._t() * math.sqrt(self.covariance[index, index])
-        return self.values[index] - reach, self.values[index] + reach
+        return max(self.values[index] - reach, 0.0), self.values[index] + reach
 
     def curve(self, sizes):
         """The law at these sizes, and half the width of its 95 % band (delta method)."""
@@ -112,12 +113,12 @@ class _Fit:
 
 
 def fit_power_law(sizes, losses):
-    """Least squares of losses = E + A / sizes^alpha, with E >= 0.
+    """Least squares of losses = E + A / sizes^alpha, with E, A >= 0 and alpha > 0.
 
     Parameters
     ----------
     sizes, losses : sequences of numbers
-        At least four; sizes above 0.
+        At least six different sizes, above 0: the law has three numbers, and needs something to be judged by.
 
     Returns
     -------
@@ -127,11 +128,13 @@ def fit_power_law(sizes, losses):
     Raises
     ------
     InputError
-        When no such law fits.
+        When there are fewer, or no such law fits.
     """
     from scipy.optimize import curve_fit
 
     sizes, losses = np.asarray(sizes, float), np.asarray(losses, float)
+    if len(set(sizes.tolist())) < LEAST_SIZES or sizes.min() <= 0 or len(sizes) != len(losses):
+        raise InputError(f"a power law needs losses of {LEAST_SIZES} different sizes above 0, not of {sizes}")
     x0 = math.exp(np.log(sizes).mean())  # so that A is of the losses' own size
     x, span = sizes / x0, max(float(np.ptp(losses)), 1e-9)
     best = None

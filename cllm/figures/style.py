@@ -1,13 +1,14 @@
 """How all figures look, and the words on them. Colours and fonts come from `cllm.mplstyle` alone."""
 
 import functools
+import math
 import textwrap
 from pathlib import Path
 
 __all__ = [
     "AXIS_NAMES", "LINESTYLES", "MARKERS", "MAX_LINES", "OTHER_LINESTYLES", "SPLIT_NAMES", "STYLE",
     "add_legend", "is_task", "log_if_wide", "loss_unit", "objective_name", "plain_log_ticks", "short",
-    "styled", "text",
+    "styled", "text", "ticks_at", "unmarked",
 ]  # fmt: skip
 
 STYLE = Path(__file__).parents[1] / "cllm.mplstyle"
@@ -66,29 +67,42 @@ def add_legend(figure, handles, place, width):
     figure.legend(handles=handles, loc=place, ncols=columns)
 
 
-def plain_log_ticks(axes):
+def plain_log_ticks(axis):
     """Ticks such as 0.2, 0.5, 1 on a logarithmic axis, instead of powers of ten with small print."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    if axes.get_yscale() != "log":
+    if axis.get_scale() != "log":
         return
-    low, high = axes.get_ylim()
+    low, high = axis.get_view_interval()
     wide = high > 300 * low
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 3), numticks=5))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 3), numticks=5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def ticks_at(axes, places, labels):
+    """Ticks on the x axis at these places alone; without labels where there is no room for one."""
+    axes.set_xticks(places, labels)
+    axes.set_xticks([], minor=True)
+    axes.figure.draw_without_rendering()
+    right = -math.inf
+    for label in sorted(axes.get_xticklabels(), key=lambda label: label.get_window_extent().x0):
+        box = label.get_window_extent()
+        label.set_visible(box.x0 > right)
+        right = box.x1 + 3 if box.x0 > right else right
 
 
 def objective_name(y):
     """SPLIT.METRIC in words: "val.loss" is the validation loss."""
     split, _, metric = y.partition(".")
-    return f"{SPLIT_NAMES.get(split, split)} {metric}"
+    return unmarked(f"{SPLIT_NAMES.get(split, split)} {metric}")
 
 
 def log_if_wide(axes, places):
     """A logarithmic x axis where positive places span a decade or more."""
     if min(places) > 0 and max(places) >= 10 * min(places):
         axes.set_xscale("log")
+        plain_log_ticks(axes.xaxis)
 
 
 def loss_unit(runs, y="loss"):
@@ -114,5 +128,10 @@ def short(key):
 def text(value):
     """A value in a label; of a user's "file.py:Name" the name."""
     if isinstance(value, str) and ".py:" in value:
-        return value.rpartition(":")[2]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return unmarked(value.rpartition(":")[2])
+    return f"{value:g}" if isinstance(value, float) else unmarked(str(value))
+
+
+def unmarked(words):
+    """A user's words, in which matplotlib is to see no formula."""
+    return words.replace("$", r"\$")

@@ -1,11 +1,12 @@
 """What a sweep's settings have come to: two keys at once, sensitivity, budgets, differences, rungs."""
 
 import math
+import textwrap
 
 import numpy as np
 
 from cllm.errors import InputError, nearest
-from cllm.figures.groups import by_setting, end, ended, hashable, mean_over
+from cllm.figures.groups import Trial, by_setting, end, ended, hashable, mean_over
 from cllm.figures.style import (
     AXIS_NAMES,
     MARKERS,
@@ -14,15 +15,21 @@ from cllm.figures.style import (
     log_if_wide,
     loss_unit,
     objective_name,
+    plain_log_ticks,
     short,
     styled,
     text,
+    ticks_at,
+    unmarked,
 )
 from cllm.verdict import plus_minus
 
 __all__ = ["contenders", "differences", "heat_map", "rungs", "sensitivity"]
 
+MOST_BARS = 12  # differences in one figure
+MOST_PATHS = 60  # settings that were dropped at rungs, as lines
 MOST_WORDS = 100  # cells of a heat map that have room for their numbers
+FRAME = {"color": "black", "linewidth": 2.5, "zorder": 4}  # of the best cell, which is the palest one
 
 
 @styled
@@ -31,7 +38,8 @@ def heat_map(runs, x, y, z="val.loss", over="train.seed", at="last", goal="minim
 
     A cell is the mean over `over`; where the runs of a cell differ in other keys as well, it is that of the
     best of them. A cross marks cells in which every setting has a run that failed or diverged, a frame the
-    best cell.
+    best cell. Where fewer than half of all cells have a value, as of sampled settings, these are dots at
+    their places on axes of numbers.
 
     Parameters
     ----------
@@ -68,41 +76,71 @@ def heat_map(runs, x, y, z="val.loss", over="train.seed", at="last", goal="minim
     if np.isnan(cells).all():
         raise InputError(f'no cell has a setting whose runs have all recorded "{z}"')
 
-    figure = Figure(figsize=(2.2 + 0.85 * max(len(columns), 4), 1.6 + 0.55 * max(len(rows), 4)))
-    axes = figure.subplots()
     low, high = np.nanmin(cells), np.nanmax(cells)
     # Of one setting that went badly the others must not all look alike.
-    top = min(high, np.nanmedian(cells) + 2 * (np.nanmedian(cells) - low)) if goal == "minimize" else high
-    picture = axes.imshow(
-        np.ma.masked_invalid(cells), cmap="cividis" if sign < 0 else "cividis_r", vmin=low,
-        vmax=max(top, low + 1e-12), origin="lower", aspect="auto",
-    )  # fmt: skip
-    axes.grid(False)
-    axes.set_facecolor("0.9")
-    decimals = max(0, 2 - math.floor(math.log10(high - low))) if high > low else 3
-    for (row, column), value in np.ndenumerate(cells):
-        if math.isnan(value) and failed[row, column]:
-            axes.plot(column, row, "X", color="0.25", markersize=8)
-        elif not math.isnan(value) and cells.size <= MOST_WORDS:
-            shade = picture.cmap(picture.norm(value))
-            dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5
-            axes.text(
-                column, row, f"{value:.{min(decimals, 4)}f}", ha="center", va="center", fontsize=8.5,
-                color="white" if dark else "black",
-            )  # fmt: skip
+    middle = np.nanmedian(cells)
+    if goal == "minimize":
+        high = min(high, middle + 2 * (middle - low))
+    else:
+        low = max(low, middle - 2 * (high - middle))
+    colors = "cividis_r" if goal == "minimize" else "cividis"
+    look = {"cmap": colors, "vmin": low, "vmax": max(high, low + 1e-12), "zorder": 2}
     best = np.unravel_index(np.nanargmin(sign * cells), cells.shape)
-    frame = Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.5)
-    axes.add_patch(frame)
-    axes.set_xticks(range(len(columns)), [text(value) for value in columns])
-    axes.set_yticks(range(len(rows)), [text(value) for value in rows])
+    sparse = np.isfinite(cells).sum() < cells.size / 2
+    size = (7.0, 4.8) if sparse else (2.6 + 0.85 * max(len(columns), 5), 1.7 + 0.55 * max(len(rows), 4))
+    figure = Figure(figsize=size)
+    axes = figure.subplots()
+    places = [_places(axis, values, sparse) for axis, values in ((axes.xaxis, columns), (axes.yaxis, rows))]
+    at_x, at_y = np.meshgrid(*places)
+    crosses = failed & np.isnan(cells)
+    if sparse:
+        there = np.isfinite(cells)
+        picture = axes.scatter(at_x[there], at_y[there], c=cells[there], s=70, edgecolor="0.3", **look)
+        axes.plot(at_x[best], at_y[best], "o", markersize=15, markerfacecolor="none", **FRAME)
+    else:
+        shown = np.ma.masked_invalid(cells)
+        picture = axes.pcolormesh(*places, shown, shading="nearest", edgecolor="white", linewidth=0.5, **look)
+        axes.add_patch(Rectangle((best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, **FRAME))
+        axes.grid(False)
+        axes.set_facecolor("0.9")
+    axes.plot(at_x[crosses], at_y[crosses], "X", color="0.25", markersize=8, linestyle="none")
+    if not sparse and cells.size <= MOST_WORDS:
+        _write_cells(axes, picture, cells)
     axes.set_xlabel(AXIS_NAMES.get(x, x))
     axes.set_ylabel(AXIS_NAMES.get(y, y))
     name = objective_name(z)
-    more = "max" if top < high else "neither"
-    figure.colorbar(picture, label=name + loss_unit(runs, z), extend=more, aspect=30)
-    cross = "; cross: failed or diverged" if (failed & np.isnan(cells)).any() else ""
-    axes.set_title(f"{name[0].upper()}{name[1:]}, means over {over}; frame: the best{cross}", loc="left")
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    cut = bool(np.nanmin(cells) < low), bool(np.nanmax(cells) > high)
+    figure.colorbar(picture, label=name + loss_unit(runs, z), extend=beyond[cut], aspect=30)
+    notes = [f"means over {'seeds' if over == 'train.seed' else over}", "framed: the best"]
+    notes += ["crosses: failed or diverged"] if crosses.any() else []
+    title = f"{name[0].upper()}{name[1:]}: {', '.join(notes)}"
+    axes.set_title("\n".join(textwrap.wrap(title, int(8.5 * size[0]))), loc="left")
     return figure
+
+
+def _places(axis, values, sparse):
+    """Where values lie on an axis: numbers of sampled settings at themselves, others one beside the other."""
+    if sparse and all(isinstance(value, int | float) for value in values):
+        if values[0] > 0 and values[-1] >= 10 * values[0]:
+            axis._set_axes_scale("log")
+            axis.set_view_interval(values[0], values[-1])
+            plain_log_ticks(axis)
+        return np.array(values, float)
+    axis.set_ticks(range(len(values)), [text(value) for value in values])
+    return np.arange(len(values))
+
+
+def _write_cells(axes, picture, cells):
+    """Each cell's number, in what can be read on its colour."""
+    spread = np.nanmax(cells) - np.nanmin(cells)
+    decimals = min(max(0, 2 - math.floor(math.log10(spread))), 4) if spread > 0 else 3
+    for (row, column), value in np.ndenumerate(cells):
+        if not math.isnan(value):
+            shade = picture.cmap(picture.norm(value))
+            dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5
+            how = {"ha": "center", "va": "center", "fontsize": 8.5, "color": "white" if dark else "black"}
+            axes.text(column, row, f"{value:.{decimals}f}" if abs(value) < 1e4 else f"{value:.2g}", **how)
 
 
 @styled
@@ -140,50 +178,64 @@ def sensitivity(runs, x="optim.lr", y="val.loss", over="train.seed", at="last"):
     places = _distinct([run.config[x] for run in runs])
     if len(places) < 3 or not all(isinstance(place, int | float) for place in places):
         raise InputError(f"{x} must have at least three values that are numbers, it has {len(places)}")
-    figure = Figure(figsize=(8.2, 4.2))
-    curve, bars = figure.subplots(1, 2, width_ratios=[2.2, 1])
+    figure = Figure(figsize=(8.6, 4.4))
+    curve, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    reach, replicates = 0.0, set()
     for index, (label, group) in enumerate(groups):
         look = {"color": f"C{index}", "marker": MARKERS[index]}
-        table = {}  # value of over -> value of x -> loss
-        for run in group:
-            value = end(run, y, at, "minimize")
-            first = _first_loss(run)
-            value = first if math.isnan(value) else min(value, first)
-            table.setdefault(hashable(run.config.get(over)), {})[run.config[x]] = value
-        whole = [[row[place] for place in places] for row in table.values() if set(row) == set(places)]
-        if not whole:
+        whole = _whole(group, x, y, over, at, places)
+        if whole is None:
             raise InputError(f"{label} has not all {len(places)} values of {x} for any value of {over}")
-        whole = np.array(whole)
+        replicates.add(len(whole))
         curve.plot(places, whole.mean(0), label=label, **look)
         if len(whole) > 1:
             band = {"color": look["color"], "alpha": 0.2, "linewidth": 0}
             curve.fill_between(places, whole.min(0), whole.max(0), **band)
         lost = (whole - whole.min(1, keepdims=True)).mean(1)
         error = lost.std(ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else None
-        bars.bar(index, lost.mean(), 0.7, yerr=error, color=look["color"], alpha=0.55, edgecolor="black")
-        bars.plot([index] * len(lost), lost, marker=look["marker"], linestyle="none", color="black", ms=3.5)
-        bars.annotate(
-            plus_minus(lost.mean(), error), (index, lost.max()), xytext=(0, 6), textcoords="offset points",
-            ha="center", fontsize=8,
-        )  # fmt: skip
+        bars.barh(index, lost.mean(), 0.7, xerr=error, color=look["color"], alpha=0.45, edgecolor="black")
+        bars.plot(lost, [index] * len(lost), marker=look["marker"], linestyle="none", color="black", ms=4)
+        end_of_bar = max(lost.max(), lost.mean() + (error or 0.0))
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
+        bars.annotate(plus_minus(lost.mean(), error), (end_of_bar, index), **beside)
+        reach = max(reach, end_of_bar)
     log_if_wide(curve, places)
     curve.set_xlabel(AXIS_NAMES.get(x, x))
     name = objective_name(y)
     curve.set_ylabel(name + loss_unit(runs, y))
-    band = "; bands: range over seeds" if over == "train.seed" else ""
-    curve.set_title(f"{name[0].upper()}{name[1:]}, at most the first loss{band}", loc="left")
-    bars.set_xticks([])
-    bars.grid(axis="x", visible=False)
-    bars.margins(y=0.15)
-    bars.set_ylabel(f"mean excess over the best {short(x)}")
+    band = "; bands: range" if max(replicates) > 1 else ""
+    curve.set_title(f"{name[0].upper()}{name[1:]}, at most the first{band}", loc="left")
+    bars.set_yticks([])
+    bars.invert_yaxis()  # as in the legend
+    bars.grid(axis="y", visible=False)
+    bars.set_xlim(0, (reach or 1.0) * 1.6)  # room for the numbers
+    bars.set_xlabel(f"mean excess over the best {short(x)}")
     bars.set_title("Sensitivity", loc="left")
     add_legend(figure, curve.get_legend_handles_labels()[0], "outside lower center", 90)
+    if len(places) <= 8:
+        ticks_at(curve, places, [text(place) for place in places])
     return figure
+
+
+def _whole(group, x, y, over, at, places):
+    """A setting's losses, a row for each value of `over` that has all places; None without one."""
+    table = {}  # value of over -> value of x -> loss
+    for run in group:
+        value = end(run, y, at, "minimize")
+        first = run.first("train", "loss")
+        if first is None:
+            raise InputError(f"{run.path} has no recorded training step")
+        value = first if math.isnan(value) else min(value, first)
+        table.setdefault(hashable(run.config.get(over)), {})[run.config[x]] = value
+    rows = [[row[place] for place in places] for row in table.values() if set(row) == set(places)]
+    return np.array(rows) if rows else None
 
 
 @styled
 def contenders(runs, key, y="val.loss", over="train.seed", at="last", goal="minimize"):
     """The best mean so far of each contender against the steps that it has spent, setting by setting.
+
+    A mark is a setting's end, when all its steps are spent; one that failed or was dropped spends too.
 
     Parameters
     ----------
@@ -226,7 +278,9 @@ def contenders(runs, key, y="val.loss", over="train.seed", at="last", goal="mini
         color = f"C{index % MAX_LINES}"
         last = "" if math.isnan(values[-1]) else f": {values[-1]:.4g}"
         label = f"{text(name)}{last}"
-        axes.plot(steps, values, style, drawstyle="steps-post", color=color, marker=marker, label=label)
+        every = -(-len(steps) // 25)
+        look = {"color": color, "marker": marker, "markevery": every, "label": label}
+        axes.plot(steps, values, style, drawstyle="steps-post", **look)
     axes.set_xlabel("training steps spent on it")
     what = objective_name(y)
     axes.set_ylabel(f"best mean {what} so far" + loss_unit(runs, y))
@@ -261,41 +315,44 @@ def differences(summary, describe=str):
     found = [entry for entry in summary["comparisons"] if entry["setting"] == summary["best"]]
     if not found:
         raise InputError("the sweep has compared no setting with its best one")
-    found = found[:12]
-    figure = Figure(figsize=(7.4, 1.5 + 0.42 * len(found)))
+    n_found, found = len(found), found[:MOST_BARS]
+    figure = Figure(figsize=(8.2, 1.6 + 0.44 * len(found)))
     axes = figure.subplots()
     for row, entry in enumerate(found):
         mean, interval = entry["mean"], entry["interval"]
         reach = [[mean - interval[0]], [interval[1] - mean]] if interval else None
         apart = entry["apart"]
-        face = "C0" if apart else "white"
-        axes.errorbar(
-            mean, row, xerr=reach, color="C0", marker="o", markerfacecolor=face, markersize=7, capsize=4
-        )
+        look = {"marker": "o", "markersize": 7, "markerfacecolor": "C0" if apart else "white", "capsize": 4}
+        axes.errorbar(mean, row, xerr=reach, color="C0", **look)
     axes.axvline(0, color="0.4", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(found)), [describe(entry["against"]) for entry in found])
+    words = [textwrap.fill(unmarked(describe(entry["against"])), 44) for entry in found]
+    axes.set_yticks(range(len(found)), words)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    n = found[0]["n"]
-    axes.set_xlabel(f"{objective_name(summary['objective'])}: worse than the best, paired over {n} seeds")
+    name, n = objective_name(summary["objective"]), found[0]["n"]
+    axes.set_xlabel(f"by how much the {name} is worse than the best's")
     if summary["decided"]:
-        words = "Confirmed with fresh seeds; filled: apart at 5 % (Holm)"
+        words = f"Confirmed with {n} fresh seeds; filled: apart at 5 % (Holm)"
     else:
-        words = "Unconfirmed: judged on the seeds that chose the best"
-    axes.set_title(f"Against {describe(summary['best'])}\n{words}; bars: 95 % intervals", loc="left")
+        words = f"Unconfirmed: judged on the {n} seeds that chose the best"
+    more = f"; first {len(found)} of {n_found}" if n_found > len(found) else ""
+    title = f"{name[0].upper()}{name[1:]} against that of {unmarked(describe(summary['best']))}"
+    lines = [*textwrap.wrap(title, 80), *textwrap.wrap(f"{words}; bars: 95 % intervals{more}", 80)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=axes.title.get_fontsize())
     return figure
 
 
 @styled
-def rungs(runs, steps, y="val.loss", over="train.seed"):
+def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
     """The settings of a pruned sweep over their steps: where each was dropped, and who was kept.
 
     Parameters
     ----------
     runs : list of records.Run
+        Of more than 60 dropped settings only their ends are drawn.
     steps : list of int
         The rungs.
-    y, over
+    y, over, goal
         As of `against`.
 
     Returns
@@ -310,41 +367,67 @@ def rungs(runs, steps, y="val.loss", over="train.seed"):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    split, _, metric = y.partition(".")
-    lines = []
-    for label, group in by_setting(runs, over=(over,)):
-        series = [dict(zip(*map(list, run.series(split, metric)))) for run in group if y in run.names()]
-        common = sorted(set.intersection(*map(set, series))) if series else []
-        if common:
-            means = [float(np.mean([one[step] for one in series])) for step in common]
-            whole = all(run.state == "finished" for run in group)
-            lines.append((whole, means[-1], label, common, means))
-    if not lines:
+    sign = 1 if goal == "minimize" else -1
+    kept, dropped, n_failed = [], [], 0  # (label, runs)
+    groups = by_setting(runs, over=(over,))
+    for label, group in groups:
+        states = {run.state for run in group}
+        if "failed" in states and "unfinished" not in states:
+            n_failed += 1
+        else:
+            (kept if states == {"finished"} else dropped).append((label, group))
+    brief = len(dropped) > MOST_PATHS
+    paths = [_mean_path(group, y, last=brief) for _, group in dropped]
+    ends = [float(np.mean([end(run, y, "last", goal) for run in group])) for _, group in kept]
+    order = sorted(range(len(kept)), key=lambda i: (math.isnan(ends[i]), sign * ends[i]))[:MAX_LINES]
+    drawn = [(kept[i][0], _mean_path(kept[i][1], y)) for i in order]
+    values = [value for _, means in [*paths, *(path for _, path in drawn)] for value in means]
+    if not values:
         raise InputError(f'no run has recorded "{y}", so there are no rungs to draw')
-    figure = Figure(figsize=(7.6, 4.6))
+
+    figure = Figure(figsize=(7.8, 4.6))
     axes = figure.subplots()
-    kept = sorted((line for line in lines if line[0]), key=lambda line: line[1])
-    for _, _, _, at, means in (line for line in lines if not line[0]):
+    for at, means in paths if not brief else ():
         axes.plot(at, means, color="0.6", linewidth=0.9, zorder=2)
-        axes.plot(at[-1:], means[-1:], "x", color="0.35", markersize=5, zorder=3)
+    cross = {"color": "0.35", "marker": "x", "markersize": 5}
+    last = np.array([(at[-1], means[-1]) for at, means in paths if len(at)]).reshape(-1, 2)
+    axes.plot(*last.T, linestyle="none", zorder=3, **cross)
     handles = []
-    for index, (_, _, label, at, means) in enumerate(kept):
-        look = {"color": f"C{index}", "marker": MARKERS[index]} if index < MAX_LINES else {"color": "0.2"}
-        (line,) = axes.plot(at, means, zorder=4, label=label, markevery=-(-len(at) // 20), **look)
-        handles += [line] if index < MAX_LINES else []
+    for index, (label, (at, means)) in enumerate(drawn):
+        look = {"color": f"C{index}", "marker": MARKERS[index], "markevery": -(-len(at) // 20)}
+        handles += axes.plot(at, means, zorder=4, label=label, **look)
     for step in steps:
         axes.axvline(step, color="0.4", linewidth=0.9, linestyle=":", zorder=1)
-    handles.append(Line2D([], [], color="0.6", marker="x", markeredgecolor="0.35", label="dropped at a rung"))
+    line = "none" if brief else "-"
+    handles.append(Line2D([], [], **{**cross, "color": "0.5"}, linestyle=line, label="dropped at a rung"))
     handles.append(Line2D([], [], color="0.4", linestyle=":", label="rung"))
     name = objective_name(y)
     axes.set_xlabel("step")
     axes.set_ylabel(name + loss_unit(runs, y))
-    values = np.array([value for line in lines for value in line[4] if math.isfinite(value)])
-    if metric == "loss" and len(values) > 3:
-        axes.set_ylim(top=min(values.max(), np.percentile(values, 95) * 1.02))
-    axes.set_title(f"{len(kept)} of {len(lines)} settings came to the end; means over {over}", loc="left")
+    start = max((run.first("train", "loss") or math.nan for _, group in kept[:1] for run in group), default=0)
+    if y.endswith(".loss") and start > 0:  # one that was on its way to diverge must not flatten the others
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.1 * start))
+    title = f"{len(kept)} of {len(groups)} settings came to the end"
+    title += f", {n_failed} failed" if n_failed else ""
+    title += f"; the best {len(drawn)} of them, and all that were dropped" if len(kept) > len(drawn) else ""
+    title += f"; means over {'seeds' if over == 'train.seed' else over}"
+    axes.set_title("\n".join(textwrap.wrap(title, 62)), loc="left")
     add_legend(figure, handles, "outside right upper", 30)
     return figure
+
+
+def _mean_path(group, y, last=False):
+    """(steps, means over runs) where all runs of a setting have recorded y; of a trial `last` is enough."""
+    split, _, metric = y.partition(".")
+    series = []
+    for run in group:
+        if last and isinstance(run, Trial) and run.judged[0] == y:
+            series.append({} if math.isnan(run.value) else {run.step: run.value})
+        else:
+            known = y in run.names()
+            series.append(dict(zip(*map(list, run.series(split, metric)))) if known else {})
+    steps = sorted(set.intersection(*map(set, series)))
+    return steps, [float(np.mean([one[step] for one in series])) for step in steps]
 
 
 def _with_keys(runs, keys):
@@ -362,13 +445,8 @@ def _distinct(values):
     return sorted(distinct) if all(isinstance(value, int | float) for value in distinct) else distinct
 
 
-def _first_loss(run):
-    losses = run.series("train", "loss")[1]
-    if not len(losses):
-        raise InputError(f"{run.path} has no recorded training step")
-    return float(losses[0])
-
-
 def _steps(run):
     """How many steps a run has spent."""
+    if isinstance(run, Trial):
+        return run.step
     return run.summary.get("step") or max((record["step"] for record in run.records), default=0)
