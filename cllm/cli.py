@@ -299,12 +299,24 @@ def _parser():
     sub = command(
         _plot,
         "draw the figures of runs or sweeps",
-        "Draw loss curves, and for a sweep its objective against what it varied, as PNG and SVG.",
+        "Draw loss curves, and for a sweep what suits it: its objective against what it varied, heat maps, "
+        "differences from the best, and so on, as PNG and SVG.",
         "cllm plot runs/char",
         "cllm plot runs/lr_sweep --out figures",
     )
     sub.add_argument("paths", metavar="RUN_OR_SWEEP", nargs="+", help="directories of runs or sweeps")
     sub.add_argument("--out", metavar="DIR", help="where the files go (figures/ inside each directory)")
+
+    sub = command(
+        _report,
+        "write a sweep's report, one HTML file",
+        "Write all that there is to say of a sweep into one HTML file, which needs no network: verdict, "
+        "settings, figures, and for each trial the command that reproduces it.",
+        "cllm report runs/lr_sweep",
+        "cllm report runs/lr_sweep --out lr_sweep.html",
+    )
+    sub.add_argument("directory", metavar="SWEEP", help="a sweep's directory")
+    sub.add_argument("--out", metavar="FILE", help="the HTML file (report.html inside the directory)")
 
     sub = command(
         _sample,
@@ -519,6 +531,13 @@ def _plot(options):
             out = Path(out, Path(path).resolve().name)
         for written in figures.for_directory(path, out=out):
             print(written)
+    return 0
+
+
+def _report(options):
+    from cllm import report
+
+    print(report.write(options.directory, options.out))
     return 0
 
 

@@ -285,7 +285,8 @@ class Table(Lines):
     def ended(self, result):
         self.count_ended(result)
         if result.state == "failed":
-            self.say(f"{result.trial.name} ({self.setting(result)}): {self.outcome(result)}")
+            words = f"{result.trial.name} ({self.setting(result)}): {self.outcome(result)}"
+            self.say(cut(words, 2 * self.console.width - 10))  # two lines; all of it is in results.csv
         self.last = [result, *self.last[: MOST_ROWS - 1]]
         shown = {*self.running, *(result.trial.name for result in self.last)}
         self.losses = {name: losses for name, losses in self.losses.items() if name in shown}
@@ -322,7 +323,7 @@ class Table(Lines):
         if monotonic() > self.best_due:  # it takes a while where there are thousands of trials
             began = monotonic()
             self.best = best(self.sweep, self.results)
-            self.best_due = monotonic() + max(0.5, 200 * (monotonic() - began))
+            self.best_due = monotonic() + max(1.0, 500 * (monotonic() - began))
         lines = (self.words, n + bar + left, *columns(rows), more, self.best, counts(self.results))
         return list(filter(None, lines))
 

@@ -56,6 +56,7 @@ MAY_IMPORT = {
         "checkpoint", "config", "data", "evaluation", "gpt", "lifecycle", "metrics", "task", "userfile",
     },
     "schedules": set(),
+    "report": {"figures", "files", "records", "sweep", "verdict"},
     "sweep": {
         "checkpoint", "config", "evaluation", "files", "kernels", "lifecycle", "optim", "parallel", "progress",
         "records", "saved", "schedules", "task", "train", "userfile", "verdict", "watch",

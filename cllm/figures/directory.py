@@ -1,6 +1,7 @@
 """The figures that suit a run's or a sweep's directory."""
 
 import csv
+import io
 import itertools
 import math
 import tomllib
@@ -12,10 +13,11 @@ from cllm.figures.against import against
 from cllm.figures.curves import is_metric, loss_curves, metric_curves
 from cllm.figures.groups import Trial, by_setting, end, ended, mean_over, varied
 from cllm.figures.scaling import LEAST_SIZES, scaling_law
-from cllm.figures.style import MAX_LINES, STYLE, short, text
+from cllm.figures.style import MAX_LINES, STYLE, short
 from cllm.figures.sweeps import contenders, differences, heat_map, rungs, sensitivity
+from cllm.verdict import text
 
-__all__ = ["drawn", "for_directory", "save"]
+__all__ = ["drawn", "for_directory", "save", "to_svg"]
 
 MOST_MAPS = 3  # heat maps of one block of a sweep's space
 LEAST_RATES = 3  # learning rates, for the sensitivity to them
@@ -30,8 +32,18 @@ def save(figure, stem):
     png, svg = (stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg"))
     with matplotlib.style.context(["default", STYLE]):
         figure.savefig(png)
-        figure.savefig(svg, metadata={"Date": None})
+    svg.write_text(to_svg(figure), encoding="utf-8")
     return [png, svg]
+
+
+def to_svg(figure):
+    """A figure as the text of an SVG file, the same each time."""
+    import matplotlib.style
+
+    file = io.StringIO()
+    with matplotlib.style.context(["default", STYLE]):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def for_directory(path, out=None):
@@ -167,9 +179,9 @@ def _of_sweep(path, sweep, runs, how):
 
 
 def _words(setting, keys):
-    """A setting by the keys that the sweep has varied."""
+    """A setting by the keys that the sweep has varied; lines break between keys only."""
     words = [f"{short(key)} = {text(setting[key])}" for key in keys if key in setting]
-    return ", ".join(words) or "the one setting"
+    return ", ".join(word.replace(" ", "\N{NO-BREAK SPACE}") for word in words) or "the one setting"
 
 
 def _lies_in(run, block):
