@@ -282,17 +282,43 @@ def _parser():
     sub.add_argument("file", metavar="SWEEP.toml", help="a sweep's configuration")
     sub.add_argument("--run.dir", dest="directory", metavar="DIR", help="the sweep's directory")
     sub.add_argument("--workers", type=_whole(1), metavar="N", help="trials at once (cores // threads)")
-    sub.add_argument("--dry-run", action="store_true", help="list the trials and train nothing")
+    sub.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="run the trials on a Dask cluster")
+    sub.add_argument(
+        "--same-isa", action="store_true", help="there, only on workers of one instruction set (any, marked)"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="list the trials, estimate time and memory")
+
+    sub = command(
+        _status,
+        "say how far a sweep is",
+        "Tell from a sweep's files how far it is, which trials run, what is best so far; from any shell, "
+        "while it runs or afterwards.",
+        "cllm status runs/lr_sweep",
+        "watch cllm status runs/lr_sweep",
+    )
+    sub.add_argument("directory", metavar="SWEEP", help="a sweep's directory")
 
     sub = command(
         _plot,
         "draw the figures of runs or sweeps",
-        "Draw loss curves, and for a sweep its objective against what it varied, as PNG and SVG.",
+        "Draw loss curves, and for a sweep what suits it: its objective against what it varied, heat maps, "
+        "differences from the best, and so on, as PNG and SVG.",
         "cllm plot runs/char",
         "cllm plot runs/lr_sweep --out figures",
     )
     sub.add_argument("paths", metavar="RUN_OR_SWEEP", nargs="+", help="directories of runs or sweeps")
     sub.add_argument("--out", metavar="DIR", help="where the files go (figures/ inside each directory)")
+
+    sub = command(
+        _report,
+        "write a sweep's report, one HTML file",
+        "Write all that there is to say of a sweep into one HTML file, which needs no network: verdict, "
+        "settings, figures, and for each trial the command that reproduces it.",
+        "cllm report runs/lr_sweep",
+        "cllm report runs/lr_sweep --out lr_sweep.html",
+    )
+    sub.add_argument("directory", metavar="SWEEP", help="a sweep's directory")
+    sub.add_argument("--out", metavar="FILE", help="the HTML file (report.html inside the directory)")
 
     sub = command(
         _sample,
@@ -449,7 +475,7 @@ def _train(options):
         wanted = config.load(options.config, options.overrides)
     for note in config.notes(wanted) if units.rank == 0 else ():
         print(f"cllm: note: {note}", file=sys.stderr)
-    return _status(train.Trainer(wanted, **name).fit())
+    return _exit_status(train.Trainer(wanted, **name).fit())
 
 
 def _resume(options):
@@ -460,10 +486,10 @@ def _resume(options):
             f"{options.directory} is finished after {summary['step']} steps and left as it is; to go on, "
             f"where the schedule allows that: {_command()} resume {longer}"
         )
-    return _status(summary)
+    return _exit_status(summary)
 
 
-def _status(summary):
+def _exit_status(summary):
     """The exit status of a run: 1 when it failed, such as by a loss that is no longer finite."""
     return {"finished": 0, "interrupted": TIMED_OUT}.get(summary["state"], 1)
 
@@ -480,14 +506,22 @@ def _sweep(options):
     directory = options.overrides.pop("run.dir", None) or Path("runs", Path(options.file).stem)
     plan = sweep.Sweep.load(options.file, options.overrides)
     if options.dry_run:
-        for trial in plan.trials():
-            print(trial.name, *(f"{key}={value}" for key, value in trial.overrides.items()))
+        print("\n".join(sweep.forecast(plan, Path(directory), options.workers)))
         return 0
     try:
-        summary = sweep.run(plan, directory, workers=options.workers)
+        summary = sweep.run(
+            plan, directory, workers=options.workers, scheduler=options.scheduler, same_isa=options.same_isa
+        )
     except KeyboardInterrupt:
         return _complain("interrupted; the same command again continues the sweep", 130)
     return 0 if summary["trials"]["finished"] else 1
+
+
+def _status(options):
+    from cllm import status
+
+    print("\n".join(status.lines(options.directory)))
+    return 0
 
 
 def _plot(options):
@@ -499,6 +533,13 @@ def _plot(options):
             out = Path(out, Path(path).resolve().name)
         for written in figures.for_directory(path, out=out):
             print(written)
+    return 0
+
+
+def _report(options):
+    from cllm import report
+
+    print(report.write(options.directory, options.out))
     return 0
 
 
@@ -665,7 +706,7 @@ Files go to {Path("runs").resolve()}; what is finished there is reused."""
     except KeyboardInterrupt:
         again = f"{command} quickstart{' --short' if options.short else ''}"
         return _complain(f"interrupted; the same command goes on where this stopped: {again}", 130)
-    if status := _status(summary):
+    if status := _exit_status(summary):
         return status
 
     _heading(4, "sample")

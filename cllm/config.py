@@ -5,6 +5,7 @@ sections and keys, types, NaN, and what holds between sections. Keys are dotted,
 value is an InputError of one sentence that names the key, its value and what is allowed.
 """
 
+import functools
 import inspect
 import json
 import math
@@ -30,7 +31,7 @@ from cllm.task import LossConfig, TaskConfig
 
 __all__ = [
     "Config", "RunConfig", "TrainConfig", "describe", "flatten", "from_dict", "given", "load",
-    "optimizer_arguments", "parse_value", "task_flags", "to_dict", "to_toml", "unflatten",
+    "optimizer_arguments", "parse_value", "takes_integers", "task_flags", "to_dict", "to_toml", "unflatten",
 ]  # fmt: skip
 
 
@@ -249,7 +250,7 @@ def from_dict(nested):
             values = _gather_arguments(values)
         elif section == "task":
             values = _gather_task_arguments(values)
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         for name, value in values.items():
             if f"{section}.{name}" not in _HIDDEN:
                 values[name] = _typed(value, hints[name], f"{section}.{name}")
@@ -274,7 +275,7 @@ def parse_value(text, key=None):
     """
     if key is not None:
         section, _, name = key.partition(".")
-        if section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(name) is str:
+        if section in SECTIONS and _hints(SECTIONS[section]).get(name) is str:
             return text
     try:
         parsed = tomllib.loads(f"value = {text}")
@@ -334,7 +335,7 @@ def _keys(section, optimizer=None):
 
 def _gather_arguments(values):
     """[optim]'s flat keys as OptimConfig's fields: the chosen optimizer's own go to `arguments`."""
-    own = typing.get_type_hints(OptimConfig)
+    own = _hints(OptimConfig)
     values = {"name": OptimConfig().name, **values}
     name = _typed(values["name"], own["name"], "optim.name")
     hints = optimizer_arguments(name)
@@ -412,6 +413,11 @@ def notes(config):
 
 def optimizer_arguments(name):
     """An optimizer's own arguments and their types, which its constructor's annotations or defaults show."""
+    # A sweep asks for the built-in ones' tens of thousands of times; a user's file may change.
+    return _cached_arguments(name) if name in optim.BY_NAME else _arguments_of(name)
+
+
+def _arguments_of(name):
     hints = {}
     for key, parameter in optim.arguments(name).items():
         hint = parameter.annotation
@@ -421,6 +427,23 @@ def optimizer_arguments(name):
             hint = int | float if hint is int else hint  # momentum=0 may become 0.9
         hints[key] = hint
     return hints
+
+
+_cached_arguments = functools.cache(_arguments_of)
+_hints = functools.cache(typing.get_type_hints)  # of a section's class
+
+
+def takes_integers(key):
+    """Whether a dotted key holds whole numbers only; None where a function or class of the user's decides."""
+    section, _, name = key.partition(".")
+    hints = dict(_hints(SECTIONS[section])) if section in SECTIONS else {}
+    if section == "optim":
+        for optimizer in optim.BY_NAME:
+            hints = {**optimizer_arguments(optimizer), **hints}
+    if name not in hints or section == "task":
+        return None
+    options = _options(hints[name])
+    return int in options and float not in options
 
 
 # Types -----------------------------------------------------------------------------------------------
@@ -615,7 +638,7 @@ def describe():
     defaults = flatten(to_dict(Config()))
     rows = []
     for section, cls in SECTIONS.items():
-        hints = dict(typing.get_type_hints(cls))
+        hints = dict(_hints(cls))
         if section == "optim":
             for name in optim.BY_NAME:
                 hints = {**optimizer_arguments(name), **hints}

@@ -26,7 +26,8 @@ from cllm.errors import InputError
 from cllm.files import LOCK, Lock, clear_temporary, is_temporary, why, write_atomic
 
 __all__ = [
-    "RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "may_change", "stopping", "user_files",
+    "RESUMABLE", "TERMINATED", "Diverged", "Lifecycle", "Stop", "may_change", "memory_peak_mb", "stopping",
+    "user_files",
 ]  # fmt: skip
 
 FILES = "files"  # folder in a run's directory for copies of the user's files
@@ -65,14 +66,17 @@ class Lifecycle:
         See `cllm.progress`; None is what suits standard output.
     name : str
         With an empty ``run.dir`` the run goes to the first free ``runs/<name>-<n>``.
+    pause_at : int or None
+        The step after which it ends as if interrupted, if that is not its last.
     """
 
     unit = "tokens"
 
-    def __init__(self, config, progress, name):
+    def __init__(self, config, progress, name, pause_at=None):
         self.config = config
         self.progress = progress
         self.name = name
+        self.pause_at = pause_at
         self.units = parallel.here()
         self.stop = False
         self.step = 0
@@ -94,7 +98,8 @@ class Lifecycle:
         dict
             What summary.json holds. ``state`` is "finished", or "failed" with an ``error`` when the loss
             is no longer finite or the last checkpoint cannot be written. It is "interrupted", and there is
-            no summary.json, when train.max_minutes are over; a checkpoint is written then.
+            no summary.json, when train.max_minutes are over or step `pause_at` is done; a checkpoint is
+            written then.
 
         Raises
         ------
@@ -298,7 +303,7 @@ class Lifecycle:
             **self._results(),
             "seconds": self.seconds,
             "time_checkpoints": self.checkpoint_seconds,
-            "memory_peak_mb": _memory_peak_mb(),
+            "memory_peak_mb": memory_peak_mb(),
             "isa": kernels.isa,
             "threads": self.threads,
             "units": self.units.size,
@@ -408,10 +413,10 @@ def memory_mb():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     except OSError:
-        return _memory_peak_mb()
+        return memory_peak_mb()
 
 
-def _memory_peak_mb():
+def memory_peak_mb():
     """The most memory that this process has held, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes, Linux kilobytes
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

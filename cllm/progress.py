@@ -283,6 +283,7 @@ def _end_line(summary, run_dir, next_command):
     step = summary["step"]
     if summary["state"] == "interrupted":
         by = {"SIGTERM": "stopped by SIGTERM", "train.max_minutes": "stopped, as train.max_minutes are over,"}
+        by["pause"] = "paused"
         how = by.get(summary.get("stopped_by"), "interrupted")
         return f"{how} at step {step}; continue with: cllm resume {run_dir}"
     if summary["state"] == "failed":

@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 import warnings
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -241,6 +242,16 @@ class Run:
         if not all(isinstance(value, int | float) for value in values):
             raise InputError(f"{split}.{key} of {self.path} is not one number a record")
         return np.array(steps, np.int64), np.array(values, np.float64)
+
+    def first(self, split, key):
+        """The first value of `key` in the records of `split`, without reading further; None without one."""
+        with suppress(FileNotFoundError), open(self.path / "metrics.jsonl", "rb") as file:
+            for line in file:
+                with suppress(ValueError, TypeError, KeyError):  # no record: `records` says which line
+                    record = json.loads(line)
+                    if record["split"] == split and key in record:
+                        return math.nan if record[key] is None else record[key]
+        return None
 
     def names(self):
         """All SPLIT.KEY that the records have, "step" and "split" left out, in order of appearance."""

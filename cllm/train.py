@@ -123,6 +123,9 @@ class Trainer(Lifecycle):
         Shows the run, see `cllm.progress`; by default what suits standard output.
     name : str
         With an empty ``run.dir`` the run goes to the first free ``runs/<name>-<n>``.
+    pause_at : int, optional
+        The step after which the run ends as "interrupted", to be resumed later: with a checkpoint, and with
+        the bits of a run that never paused. The last step is no pause. Not for a loop of one's own.
 
     Attributes
     ----------
@@ -132,9 +135,11 @@ class Trainer(Lifecycle):
         The text of a run without a task of its own, else None.
     """
 
-    def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run"):
+    def __init__(self, config, task=None, callbacks=(), *, progress=None, name="run", pause_at=None):
         config = configs.given(config)
-        super().__init__(config, progress, name)
+        if pause_at is not None:
+            _check_pause(config, pause_at)
+        super().__init__(config, progress, name, pause_at)
         if task is not None:
             if not isinstance(task, tasks.Task):
                 raise InputError(f"task is a {type(task).__name__}, it must be a cllm.Task")
@@ -262,7 +267,7 @@ class Trainer(Lifecycle):
             )
         if self.config.guard.policy == "rollback" and self.step == 0:
             self._save(planned=True, final=False)  # so that there is something to go back to
-        reason = None
+        reason = self._pause()  # a resumed run may have come so far already
         try:
             while self.step < train.max_steps and not self.stop and reason is None:
                 reason = self._step(stop)
@@ -295,7 +300,7 @@ class Trainer(Lifecycle):
                 self.shown.evaluation(record)
         if train.sample_interval and self.step % train.sample_interval == 0:
             self.shown.sample(self.step, self._sample())
-        reason = next(filter(None, self.units.gather(stop.reason)), None)
+        reason = next(filter(None, self.units.gather(stop.reason)), None) or self._pause()
         last = self._due(0)
         planned = new_best or self._due(train.checkpoint_interval)
         if planned or reason:
@@ -308,6 +313,11 @@ class Trainer(Lifecycle):
         if 0 < self.config.train.patience <= self.stale:
             self.stop = True
             self.shown.note(f"step {self.step}: stopped early, no better loss in {self.stale} evaluations")
+
+    def _pause(self):
+        """ "pause" when the run has come to its `pause_at`, and not to its end."""
+        there = self.pause_at is not None and self.pause_at <= self.step
+        return "pause" if there and not self._due(0) else None
 
     def _due(self, interval):
         if self.stop or self.step == self.config.train.max_steps:
@@ -613,7 +623,7 @@ def _is_json(value):
     return True
 
 
-def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
+def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None, pause_at=None):
     """Continue a run from its newest complete checkpoint, or from step 0 when it has none.
 
     Parameters
@@ -623,7 +633,7 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
         Dotted keys to values; of [train] the intervals, limits, threads and ``max_steps`` may change, and all
         of [guard] and [monitor]. Another ``max_steps`` needs a schedule that would have had the same rates in
         all steps so far.
-    callbacks, progress, task
+    callbacks, progress, task, pause_at
         As the `Trainer`'s: the same callbacks and, if the run had one, the same task.
 
     Returns
@@ -653,7 +663,7 @@ def resume(run_dir, overrides=None, *, callbacks=(), progress=None, task=None):
         lock = _held(run_dir) if units.rank == 0 else None
     try:
         with units.agreeing():  # only now that the first has put right what a killed process left
-            run = _restored(run_dir, overrides, callbacks, progress, task, lock)
+            run = _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock)
         with units.agreeing():  # only now that all have read what is there
             if units.rank == 0:
                 (run_dir / "summary.json").unlink(missing_ok=True)  # its end is not one any more
@@ -701,7 +711,7 @@ def _configs(run_dir, overrides):
     return configs.load(run_dir / "config.toml"), configs.load(run_dir / "config.toml", overrides)
 
 
-def _restored(run_dir, overrides, callbacks, progress, task, lock):
+def _restored(run_dir, overrides, callbacks, progress, task, pause_at, lock):
     """A run at its newest checkpoint, ready to go on."""
     loaded = checkpoints.load_newest(run_dir)
     if loaded is None and checkpoints.listed(run_dir):
@@ -716,6 +726,8 @@ def _restored(run_dir, overrides, callbacks, progress, task, lock):
             raise InputError("task is given, but task.run is a loop of its own, which has none")
         if tasks.checked_callbacks(callbacks):
             raise InputError(NO_CALLBACKS)
+        if pause_at is not None:
+            _check_pause(config, pause_at)
         _refuse_units(parallel.here())
         run = OwnLoop(config, progress)
     else:
@@ -724,7 +736,7 @@ def _restored(run_dir, overrides, callbacks, progress, task, lock):
                 f"{run_dir} was trained on a task made in Python; to go on: "
                 f"cllm.train.resume({str(run_dir)!r}, task=...)"
             )
-        run = Trainer(config, task, callbacks, progress=progress)
+        run = Trainer(config, task, callbacks, progress=progress, pause_at=pause_at)
     done = loaded[2]["step"] if loaded else 0
     if config.train.max_steps < done:
         raise InputError(
@@ -753,6 +765,13 @@ def _refuse_another_past(config, max_steps, done):
                 f"the length of the run ({planned} steps so far); start a new run, or next time choose one "
                 'that does not, such as "constant", "inverse_sqrt" or, before its decay, "wsd"'
             )
+
+
+def _check_pause(config, pause_at):
+    if type(pause_at) is not int or pause_at < 1:
+        raise InputError(f"pause_at is {pause_at!r}, it must be a step: an integer of at least 1")
+    if config.task.run is not None:
+        raise InputError(f"pause_at is {pause_at}, but task.run is a loop of its own, which cannot pause")
 
 
 def _refuse_units(units):

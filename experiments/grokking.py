@@ -10,11 +10,15 @@ from dataclasses import replace
 import numpy as np
 
 import cllm
+from cllm import nn
 from cllm.data import Examples
 
 
-def build(config, p=53, train_share=0.5):
-    """The task: each example is the tokens a, b, "=" and the target (a + b) mod p after the last of them."""
+def build(config, p=53, train_share=0.5, norms=True):
+    """The task: each example is the tokens a, b, "=" and the target (a + b) mod p after the last of them.
+
+    With norms the model is a GPT; without, the one layer that Nanda et al. (2023) took apart.
+    """
     if p < 2:
         raise cllm.InputError(f"task.p is {p}, it must be at least 2")
     if not 0 < train_share < 1:
@@ -31,12 +35,32 @@ def build(config, p=53, train_share=0.5):
     if not len(seen) or not len(unseen):
         raise cllm.InputError(f"task.train_share is {train_share:g}, which leaves one side empty")
     everything = Examples(inputs, targets, mask)
+    shape = replace(config.model, vocab_size=p + 1, block_size=3)
     return cllm.Task(
-        model=cllm.GPT(replace(config.model, vocab_size=p + 1, block_size=3), seed=config.train.seed),
+        model=cllm.GPT(shape, seed=config.train.seed) if norms else OneLayer(shape),
         train=Picked(everything, seen),
         evals={"val": Picked(everything, unseen), "seen": Picked(everything, seen)},
         metrics={"accuracy": accuracy},
     )
+
+
+class OneLayer(nn.Module):
+    """Attention, then a feed-forward layer, each added to what it read; no norms; untied."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.block_size, C)
+        for table in (self.wte, self.wpe):
+            table.weight.data[...] *= C**-0.5
+        self.attn, self.mlp = nn.MultiHeadAttention(config), nn.FeedForward(config)
+        self.head = nn.Linear(C, config.vocab_size, bias=False)
+
+    def forward(self, tokens):
+        """(B, T) -> (B, T, V)"""
+        x = self.wte(tokens) + self.wpe(np.arange(tokens.shape[1]))
+        x = x + self.attn(x)
+        return self.head(x + self.mlp(x))
 
 
 class Picked:

@@ -56,9 +56,10 @@ MAY_IMPORT = {
         "checkpoint", "config", "data", "evaluation", "gpt", "lifecycle", "metrics", "task", "userfile",
     },
     "schedules": set(),
+    "report": {"figures", "files", "records", "sweep", "verdict"},
     "sweep": {
-        "checkpoint", "config", "files", "kernels", "lifecycle", "optim", "progress", "records", "schedules",
-        "task", "train", "userfile", "verdict", "watch",
+        "checkpoint", "config", "evaluation", "files", "kernels", "lifecycle", "optim", "parallel", "progress",
+        "records", "saved", "schedules", "task", "train", "userfile", "verdict", "watch",
     },
     "task": {"data", "functional", "gpt", "metrics", "records", "rng", "tensor", "userfile"},
     "tensor": {"_core", "kernels", "rng"},

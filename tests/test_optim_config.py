@@ -9,11 +9,12 @@ import pytest
 
 import cllm
 from cllm import config as configs
-from cllm import nn, optim, sweep
+from cllm import nn, optim
 from cllm.data import Examples
 from cllm.errors import InputError
 from cllm.optim import OptimConfig
 from cllm.progress import Silent
+from cllm.sweep import plan
 from cllm.tensor import Tensor
 
 
@@ -283,10 +284,10 @@ def test_an_argument_without_a_default_can_be_given(folder):
 def test_a_sweep_drops_what_the_chosen_optimizer_lacks(folder):
     base = {"optim": {"name": "adamw", "betas": [0.9, 0.99], "weight_decay": 0.1}}
     before = copy.deepcopy(base)
-    nested, notices = sweep._merged(base, {"optim.name": "mine.py:SignSGD", "optim.kind": "other"})
+    nested, notices = plan._merged(base, {"optim.name": "mine.py:SignSGD", "optim.kind": "other"})
     assert nested == {"optim": {"name": "mine.py:SignSGD", "kind": "other"}}
     assert notices[0] == 'optim.betas of the base is left out where optim.name is "mine.py:SignSGD"'
     assert len(notices) == 2 and base == before
     base = {"optim": {"name": "mine.py:SignSGD", "kind": "other", "momentum": 0.5}}
-    nested, notices = sweep._merged(base, {"optim.name": "lion"})
+    nested, notices = plan._merged(base, {"optim.name": "lion"})
     assert nested == {"optim": {"name": "lion"}} and len(notices) == 2

@@ -1,7 +1,6 @@
 """Sweeps: the file, what workers do and survive, the table, the verdict."""
 
 import csv
-import fcntl
 import io
 import itertools
 import json
@@ -19,7 +18,9 @@ import pytest
 
 from cllm import config, records, sweep, train, verdict, watch
 from cllm.errors import InputError
+from cllm.files import Lock
 from cllm.progress import Silent
+from cllm.sweep.results import read
 
 BASE = """
 [data]
@@ -54,6 +55,13 @@ class Quiet:
 
     def start(self, sweep, directory, results, n_workers):
         self.n_workers, self.ended_results, self.steps = n_workers, [], []
+        self.lists, self.notes = [], []
+
+    def stage(self, orders, left):
+        self.lists.append([(order.trial.name, order.until) for order in left])
+
+    def note(self, text):
+        self.notes.append(text)
 
     def step(self, trial, step, loss):
         self.steps.append((trial.name, step))
@@ -176,11 +184,9 @@ def test_the_resolved_copy_is_a_sweep_of_its_own(small, tmp_path):
         ("", "there is no [[space]]"),
         ('[space]\n"optim.lr" = [1e-3]', "space must be made of blocks: [[space]]"),
         ("[[space]]\noptim.lr = [1e-3]", 'a dotted key in [[space]] needs quotes: "optim.lr"'),
-        ('[[space]]\n"optim.lr" = {low = 1e-4, high = 1e-2, log = true}', "ranges are not supported so far"),
         ('[[space]]\n"model.n_embd,model.n_head" = [16, 2]', "moves 2 keys together"),
         ('[[space]]\n"train.seed" = [1, 2]', "train.seed cannot be part of [[space]], use sweep.seeds"),
-        (f'[sweep]\nmethod = "random"\ntrials = 5{ONE}', 'only sweep.method = "grid"'),
-        (f'[sweep]\nmethod = "gird"{ONE}', "sweep.method is 'gird', it must be \"grid\""),
+        (f'[sweep]\nmethod = "gird"{ONE}', "sweep.method is 'gird' (did you mean \"grid\"?), it must be"),
         (f"[sweep]\nsede = [1]{ONE}", 'unknown key sweep.sede (did you mean "seeds"?)'),
         (f"[sweep]\nseeds = []{ONE}", "sweep.seeds is [], it must be a list of integers"),
         (f"[sweep]\nseeds = [1, 1]{ONE}", "each seed must be there once"),
@@ -194,8 +200,6 @@ def test_the_resolved_copy_is_a_sweep_of_its_own(small, tmp_path):
         (f"prune = 3{ONE}", "prune is 3, it must be a section"),
         ('[[space]]\n"optim" = [1e-3]', '"optim" is a section, [[space]] needs its keys: "optim.KEY"'),
         (f"[sweep]\nthreads = 0{ONE}", "sweep.threads is 0"),
-        (f'[prune]\nmethod = "halving"{ONE}', "pruning is not supported so far"),
-        (f"[confirm]\ntop = 2{ONE}", "[confirm] is not supported so far"),
         ('[spaces]\n"optim.lr" = 1e-3', 'unknown key spaces (did you mean "space"?)'),
         (f"[base.trian]\nmax_steps = 5{ONE}", "unknown key [trian]"),
     ],
@@ -281,7 +285,7 @@ def test_a_sweep_runs_its_trials_and_writes_table_summary_and_copy(small, tmp_pa
     assert best["values"] == {"optim.lr": 1e-2} and best["n"] == 2
     assert best["mean"] == pytest.approx(np.mean(values))
     assert best["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(2))
-    assert summary["verdict"] in shown.text
+    assert verdict.wrap(summary["verdict"]) in shown.text
     assert sweep.Sweep.load(directory / "sweep.toml") == small
 
 
@@ -297,8 +301,8 @@ def test_at_and_goal_say_which_record_of_a_trial_counts(write, tmp_path, at, goa
     with records.Recorder(run_dir) as recorder:
         for step, loss in enumerate((3.0, 2.0, 2.5), 1):
             recorder.write({"step": step, "split": "val", "loss": loss})
-    records.write_summary(run_dir, {"state": "finished", "step": 3, "seconds": 1.0})
-    found = sweep._read(plan, trial, tmp_path / "out")
+    records.write_summary(run_dir, {"state": "finished", "step": 3, "seconds": 1.0, "isa": "avx2"})
+    found = read(plan.config, trial, run_dir)
     assert (found.state, found.value) == ("finished", expected)
 
 
@@ -330,10 +334,11 @@ def test_a_failing_trial_is_reported_and_the_others_go_on(write, tmp_path):
     assert "loss is" in rows[2]["error"] and rows[2]["val.loss"] == ""
     assert summary["trials"] == {"finished": 2, "failed": 2}
     assert "2 of 4 trials failed, first s001-seed0 with: " in summary["verdict"]
-    assert "optim.lr = 1e+30: 0/2 finished, ranked below complete settings." in summary["verdict"]
+    assert "optim.lr = 1e+30: 0/2 finished, ranked last" in summary["verdict"]
     shown = Quiet()
     sweep.run(plan, directory, workers=2, progress=shown)  # failed ones are tried again
     assert sorted(result.trial.name for result in shown.ended_results) == ["s001-seed0", "s001-seed1"]
+    assert shown.notes == ["tried again, as they failed: s001-seed0, s001-seed1"]
 
 
 def test_an_exception_in_a_trial_is_its_result_with_the_traceback_beside_it(small, tmp_path):
@@ -354,7 +359,7 @@ class Killer(Quiet):
         self.name = name
 
     def step(self, trial, step, loss):
-        if trial.name == self.name:
+        if trial.name == self.name and step > 0:
             self.name = None
             for child in children():
                 if trial.name in open_files(child):
@@ -414,14 +419,22 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_continues(write, tmp_path):
 def test_another_sweep_in_the_directory_is_refused_with_the_difference(small, write, tmp_path):
     directory = tmp_path / "out"
     sweep.run(small, directory, workers=2, progress=Quiet())
-    other = sweep.Sweep.load(write(), {"base.train.max_steps": 13})
-    with pytest.raises(InputError, match=r"another sweep: base\.train\.max_steps is 12 there and 13 here"):
-        sweep.run(other, directory, progress=Quiet())
-    other = sweep.Sweep.load(write(SPACE.replace("1e-2]", "1e-2, 0.1]")))
-    with pytest.raises(InputError, match=r"\[0\.001, 0\.01\] there and \[0\.001, 0\.01, 0\.1\] here"):
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    for key, was, value, words in (
+        ("train.max_steps", 12, 11, r" \(it can be raised only\)"), ("train.batch_size", 4, 5, ""),
+        ("data.val_fraction", "not set", 0.2, ""),
+    ):  # fmt: skip
+        other = sweep.Sweep.load(write(), {f"base.{key}": value})
+        with pytest.raises(InputError, match=rf"another sweep: base\.{key} is {was} there and {value} here{words};"):
+            sweep.run(other, directory, progress=Quiet())
+    other = sweep.Sweep.load(write(SPACE.replace("[1e-3, 1e-2]", "[0.1, 0.3]")))
+    with pytest.raises(InputError, match=r"optim\.lr, is \[0\.001, 0\.01\] there and \[0\.1, 0\.3\] here"):
         sweep.run(other, directory, progress=Quiet())
     with pytest.raises(InputError, match="holds a run"):
         sweep.run(small, directory / "trials" / "s000-seed0", progress=Quiet())
+    with pytest.raises(InputError, match=r"sweep\.toml was not written by a sweep"):
+        sweep.run(small, tmp_path, progress=Quiet())  # where the user's own sweep.toml is
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
 
 
 def test_trials_on_a_text_that_changed_meanwhile_are_refused(small, text_file, tmp_path):
@@ -438,11 +451,9 @@ def test_trials_on_a_text_that_changed_meanwhile_are_refused(small, text_file, t
 def test_two_processes_cannot_run_one_sweep(small, tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
-    descriptor = os.open(directory, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="another process is running the sweep"):
+    with Lock(directory), pytest.raises(InputError, match="in use by process .*; wait for the end of that sweep"):
         sweep.run(small, directory, progress=Quiet())
-    os.close(descriptor)
+    assert list(directory.iterdir()) == []
 
 
 def test_data_that_cannot_be_used_leaves_nothing_behind(write, tmp_path):
@@ -452,97 +463,6 @@ def test_data_that_cannot_be_used_leaves_nothing_behind(write, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="workers is 0"):
         sweep.run(plan, tmp_path / "out", workers=0)
-
-
-# Conclusions -----------------------------------------------------------------------------------------
-
-
-def conclude(write, values, seeds, goal="minimize", space=None):
-    """The verdict on made-up values: one list of seeds' values a learning rate, None for failed trials."""
-    lrs = [10.0 ** (i - 4) for i in range(len(values))]
-    space = space or f'[[space]]\n"optim.lr" = {lrs}\n'
-    head = f'[sweep]\nseeds = {seeds}\ngoal = "{goal}"\n[base.schedule]\nmin_lr = 0.0\n'
-    plan = sweep.Sweep.load(write(head + space))
-    results = {}
-    for trial in plan.trials():
-        value = values[trial.setting][seeds.index(trial.seed)]
-        if value is None:
-            results[trial.name] = sweep.Result(trial, "failed", error="a fault")
-        else:
-            results[trial.name] = sweep.Result(trial, "finished", value=value)
-    return plan, results, verdict.verdict(plan, results)
-
-
-def test_verdict_gives_mean_error_difference_and_place(write):
-    values = [[2.5, 2.6, 2.4], [1.9, 2.0, 1.95], [2.0, 2.08, 2.06]]
-    _, _, words = conclude(write, values, [0, 1, 2])
-    assert words.splitlines() == [
-        "Best of 3 settings: optim.lr = 0.001, with val.loss 1.950 ± 0.029 "
-        "(mean ± standard error over 3 seeds).",
-        # differences 0.1, 0.08, 0.11: mean 0.0967, error 0.00882, t(2, 0.975) = 4.303
-        "Second: optim.lr = 0.01, 2.047 ± 0.024, worse by 0.0967 ± 0.0088 (pairs of 3 seeds; "
-        "95 % interval 0.0587 to 0.1346): 3 seeds tell the two apart.",
-        "Best optim.lr = 0.001 lies inside the grid (0.0001 to 0.01).",
-        "Ranking, unconfirmed: the best was chosen and judged on the same seeds.",
-    ]
-
-
-def test_verdict_says_when_seeds_do_not_tell_two_settings_apart(write):
-    _, _, words = conclude(write, [[2.0, 2.2], [2.1, 2.15], [3.0, 3.0]], [0, 1])
-    assert "2 seeds do not tell the two apart." in words
-
-
-@pytest.mark.parametrize(
-    ("best", "edge"), [(0, "lower edge: extend downwards"), (2, "upper edge: extend upwards")]
-)
-def test_verdict_names_the_grids_edge(write, best, edge):
-    values = [[2.0, 2.1] for _ in range(3)]
-    values[best] = [1.0, 1.1]
-    _, _, words = conclude(write, values, [0, 1])
-    assert re.search(rf"Best optim\.lr = \S+ is at the grid's {edge}\.", words)
-
-
-def test_of_keys_that_move_together_the_first_speaks_for_all(write):
-    space = '[[space]]\n"model.n_embd,model.n_head" = [[16, 2], [32, 4]]\n"optim.lr" = [1e-3, 1e-2]\n'
-    _, _, words = conclude(write, [[4.0], [3.0], [2.0], [1.0]], [0], space=space)
-    assert re.findall(r"Best (\S+) = ", words) == ["model.n_embd", "optim.lr"]
-
-
-def test_edges_are_those_of_the_same_optimizers_settings(write):
-    space = '[[space]]\n"optim.name" = "adamw"\n"optim.lr" = [1e-3, 1e-2]\n'
-    space += '[[space]]\n"optim.name" = "sgd"\n"optim.lr" = [0.1, 1.0]\n'
-    _, _, words = conclude(write, [[3.0], [2.0], [2.5], [2.6]], [0], space=space)
-    assert "Best optim.lr = 0.01 is at the grid's upper edge: extend upwards." in words
-
-
-def test_zero_is_no_edge_to_extend_below(write):
-    space = '[[space]]\n"model.dropout" = [0.0, 0.1, 0.2]\n'
-    _, _, words = conclude(write, [[1.0], [2.0], [3.0]], [0], space=space)
-    assert "edge" not in words
-
-
-def test_settings_with_failed_seeds_rank_last_whatever_their_survivors_reached(write):
-    plan, results, words = conclude(write, [[1.0, None, 1.0], [2.0, 2.1, 2.2], [None, None, None]], [4, 5, 6])
-    assert [standing.setting for standing in verdict.ranking(plan, results)] == [1, 0, 2]
-    assert "Best of 3 settings: optim.lr = 0.001" in words
-    assert "4 of 9 trials failed, first s000-seed5 with: a fault" in words
-    assert "optim.lr = 0.0001: 2/3 finished, ranked below complete settings." in words
-    assert [line.split("  ")[-1] for line in verdict.table(plan, results)] == [
-        "3/3 seeds finished", "2/3 seeds finished", "0/3 seeds finished"
-    ]  # fmt: skip
-    assert "no best one" in conclude(write, [[None], [None]], [0])[2]
-
-
-def test_one_seed_gives_no_uncertainty_and_says_so(write):
-    _, _, words = conclude(write, [[2.0], [1.5]], [0])
-    assert "with val.loss 1.5 (one seed)." in words and "±" not in words
-    assert "One seed gives no uncertainty" in words
-
-
-def test_maximize_turns_the_ranking_round(write):
-    plan, results, words = conclude(write, [[0.7, 0.72], [0.9, 0.91], [0.8, 0.81]], [0, 1], goal="maximize")
-    assert [standing.setting for standing in verdict.ranking(plan, results)] == [1, 2, 0]
-    assert "worse by 0.1" in words
 
 
 # Displays --------------------------------------------------------------------------------------------
@@ -568,5 +488,6 @@ def test_the_live_table_shows_running_trials_and_the_best_so_far(small, tmp_path
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(shown)
     text = console.export_text()
-    assert "4/4 trials" in text and "step 6/12" in text and "loss 2.500" in text
-    assert "best so far: optim.lr = 0.01" in text
+    assert "4/4 trials" in text and "best so far: optim.lr = 0.01, val.loss 3." in text
+    assert re.search(r"s000-seed0 +running +6/12 .* 2\.500 .* optim\.lr = 0\.001", text)
+    assert len(re.findall(r"s00\d-seed\d +finished +12 ", text)) == 4

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from cllm import userfile
 from cllm.errors import InputError, nearest
@@ -58,9 +59,14 @@ def arguments(name):
     -------
     dict of str to inspect.Parameter
     """
+    return dict(_own_parameters(find(name)))
+
+
+@lru_cache(32)  # a configuration asks for all optimizers' twice; a sweep has thousands of configurations
+def _own_parameters(cls):
     return {
         key: parameter
-        for key, parameter in inspect.signature(find(name)).parameters.items()
+        for key, parameter in inspect.signature(cls).parameters.items()
         if key not in ("params", "lr") and parameter.kind not in _STARRED
     }
 
