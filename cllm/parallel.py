@@ -5,6 +5,10 @@ mpi4py). A step's `grad_accum` micro-batches are the leaves of a binary tree, su
 unit owns as many leaves as the others, a power of two of them: a whole subtree. So the sums, and with them
 the weights, have the same bits with any number of units of one instruction set. Each unit updates its own
 copy of the weights; the first alone writes files and shows progress.
+
+SIGTERM or Ctrl-C to any one of the units, or train.max_minutes, stops all of them after the step, with a
+checkpoint. Given to mpirun itself, Open MPI 5 ends its processes about half a second later: where a step
+and its checkpoint take longer, the run goes on from the checkpoint before.
 """
 
 import os

@@ -14,6 +14,7 @@ import collections
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ CONFIG = {
     "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "model.dropout": 0.1,
     "optim.lr": 0.02, "schedule.warmup_steps": 5, "train.batch_size": 2, "train.grad_accum": 3,
     "train.eval_interval": 7, "train.checkpoint_interval": 5, "train.metrics": ["accuracy", "f1"],
-    "train.threads": 1, "guard.spike": 2.5, "guard.window": 10, "guard.limit": 100_000,
+    "train.threads": 1, "train.prefetch": 2, "guard.spike": 2.5, "guard.window": 10, "guard.limit": 100_000,
 }  # fmt: skip
 STEPS = 10  # for each kill: more than a process gets done on average, so that the run outlives its kills
 WHILE_TRAINING = 0.1  # seconds from the first step to a kill, at most
@@ -120,7 +121,9 @@ def ended(process, said=""):
 
 def kill_from_outside(config, run_dir, rng, first, startup):
     process, said = start(config, run_dir), ""
-    if first or rng.random() < 0.5:
+    if first:  # at the first step at the latest
+        select.select([process.stdout], [], [], rng.uniform(0, startup))
+    elif rng.random() < 0.5:
         time.sleep(rng.uniform(0, startup))
     else:
         said = process.stdout.readline()
@@ -135,9 +138,9 @@ def kill_inside(config, run_dir, rng, first):
     n = rng.randint(1, (FIRST if first else LATER)[module])
     lines, done = ended(start(config, run_dir, module, n, rng.choice(MOMENTS)))
     path = "" if done else lines.pop()
-    for kind in ("checkpoint", "incident"):
-        if f"{kind}s/" in path:
-            return lines, done, f"in a {kind}"
+    for folder, kind in (("checkpoints/", "in a checkpoint"), ("incidents/", "in a step that went wrong")):
+        if folder in path:
+            return lines, done, kind
     recording = module == "records" or "metrics.jsonl" in path
     return lines, done, "in the records" if recording else "in another file"
 
@@ -179,9 +182,9 @@ def run(kills, seed=0, policy="skip", say=print):
             + ", ".join(f"{n} {place}" for place, n in sorted(places.items()))
         )
         say(
-            f"{fresh} before the first checkpoint was there, {halves} left half of one; training began "
-            f"{steps.count(0)} times at the first step and {len(steps) - steps.count(0)} times after one "
-            f"of {len({*steps} - {0})} others, the last {max(steps)}"
+            f"{fresh} before the first checkpoint was there, {halves} left half of one; began at the first "
+            f"step: {steps.count(0)}, after a later one: {len(steps) - steps.count(0)} (at "
+            f"{len({*steps} - {0})} places up to step {max(steps)})"
         )
         for line in found[:20]:
             say(f"DIFFERS: {line}")
