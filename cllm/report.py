@@ -113,7 +113,7 @@ def _table(columns, rows):
     return "\n".join([*lines, "</tbody></table></div>"])
 
 
-def _values(sweep, setting, key):
+def _value(setting, key):
     """A setting's value of a key as a cell."""
     if key not in setting:
         return ""
@@ -139,7 +139,7 @@ def _settings(sweep, entries):
             if entry["mean_at_rung"] is not None:
                 value, mean = f"{entry['mean_at_rung']:.5g} there", None
         row = [(f"{rank}", rank), (f"{entry['setting']}", entry["setting"])]
-        row += [_values(sweep, entry["values"], key) for key in varied]
+        row += [_value(entry["values"], key) for key in varied]
         row += [(_text(value), mean), _interval(entry), _text(entry["finished"]), _text(state)]
         if tests:
             values = list(entry.get("test", {}).values())
@@ -152,7 +152,10 @@ def _settings(sweep, entries):
 
 
 def _interval(entry):
-    return "" if entry["interval"] is None else "{:.5g} to {:.5g}".format(*entry["interval"])
+    if entry["interval"] is None:
+        return "", None
+    low, high = entry["interval"]
+    return f"{low:.5g} to {high:.5g}", low
 
 
 def _comparisons(sweep, found):
@@ -220,7 +223,8 @@ def _trials(sweep, results, directory):
         shown = "" if result.value is None else f"{result.value:.6g}"
         seconds = "" if result.seconds is None else f"{result.seconds:.1f}"
         rows.append([
-            _text(name), *(_values(sweep, result.trial.overrides, key) for key in varied),
+            f"<span class=name>{_text(name)}</span>",
+            *(_value(result.trial.overrides, key) for key in varied),
             (f"{result.trial.seed}", result.trial.seed), _text(result.state), (f"{result.step}", result.step),
             (shown, result.value), (seconds, result.seconds), _text(result.error), command,
         ])  # fmt: skip
@@ -286,6 +290,7 @@ th button { font: inherit; color: inherit; background: none; border: 0; padding:
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
 td { max-width: 24rem; }
+.name { white-space: nowrap; }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 code { font-size: 0.8125rem; white-space: nowrap; user-select: all; }
 figure { display: inline-block; margin: 0 1rem 1.5rem 0; width: min(100%, 36rem); vertical-align: top;

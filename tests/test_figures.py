@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from cllm import figures, records, sweep
 from cllm.errors import InputError
+from cllm.sweep import results
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 SEEDS = [0, 1, 2]
@@ -386,8 +387,8 @@ def test_nan_is_never_best_and_no_end_as_in_the_sweeps_table(tmp_path, metric, a
     for trial, losses in zip(plan.trials(), series):
         path = tmp_path / "trials" / trial.name
         write_ends(path, {"optim.lr": trial.overrides["optim.lr"]}, losses)
-        records.write_summary(path, {"state": "finished", "step": 3, "seconds": 1.0})
-        table.append(sweep._read(plan, trial, tmp_path).value)
+        records.write_summary(path, {"state": "finished", "step": 3, "seconds": 1.0, "isa": "x"})
+        table.append(results.read(plan.config, trial, path).value)
     assert table == expected
     (axes,) = figures.against(records.load(tmp_path), "optim.lr", f"val.{metric}", at=at, goal=goal).axes
     assert axes.containers[0][0].get_ydata().tolist() == [value for value in expected if value is not None]
@@ -510,3 +511,287 @@ def test_what_follows_from_an_optimizers_name_is_no_label_and_long_labels_are_br
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [name[8:] for name in names]
     assert len(figure.axes[0].containers) == 1  # one line: no other key tells settings apart
     assert_tidy(figure)
+
+
+# Sweeps ----------------------------------------------------------------------------------------------
+
+
+def write_sweep(folder, settings, ends, space, sections="", seeds=SEEDS, **run):
+    """A sweep's directory: its copy, table and trials; `ends(setting, seed)` is a loss, or a state."""
+    keys = list(dict.fromkeys(key for setting in settings for key in setting))
+    rows = [",".join(["setting", "seed", *keys, "state", "step", "val.loss", "error", "seconds"])]
+    for number, setting in enumerate(settings):
+        for seed in seeds:
+            end = ends(setting, seed)
+            state, step = ("finished", 60) if isinstance(end, float) else (end, 20)
+            path = folder / "trials" / f"s{number:03d}-seed{seed}"
+            value = end if isinstance(end, float) else 2.75
+            write_run(path, {**setting, "train.seed": seed, **run}, value, steps=step)
+            if state in ("finished", "failed"):
+                parameters = 100 * setting.get("model.n_embd", 1) ** 2
+                records.write_summary(path, {"state": state, "step": step, "parameters": parameters})
+            else:
+                (path / "summary.json").unlink()
+            shown = "" if state == "failed" else repr(value)
+            cells = [*(str(setting.get(key, "")) for key in keys), state, str(step), shown, "", "1.00"]
+            rows.append(",".join([str(number), str(seed), *cells]))
+    (folder / "results.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    toml = f'[sweep]\nobjective = "val.loss"\nat = "last"\ngoal = "minimize"\nseeds = [0, 1, 2]\n{sections}'
+    (folder / "sweep.toml").write_text(toml + "".join(f"[[space]]\n{block}" for block in space))
+    return folder
+
+
+RATES = [1e-3, 1e-2, 1e-1]
+WIDTHS = [16, 32]
+GRID = [{"optim.lr": lr, "model.n_embd": width} for lr in RATES for width in WIDTHS]
+GRID_SPACE = ['"optim.lr" = [0.001, 0.01, 0.1]\n"model.n_embd" = [16, 32]\n']
+
+
+def grid_end(setting, seed):
+    return 2.0 + abs(math.log10(setting["optim.lr"]) + 2) / 4 - setting["model.n_embd"] / 100 + seed / 50
+
+
+@pytest.fixture
+def grid_dir(tmp_path):
+    return write_sweep(tmp_path, GRID, grid_end, GRID_SPACE)
+
+
+def texts_of(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_heat_map_has_the_mean_of_each_cell_and_frames_the_best(grid_dir):
+    figure = figures.heat_map(records.load(grid_dir), "optim.lr", "model.n_embd")
+    axes, bar = figure.axes
+    cells = axes.collections[0].get_array().reshape(2, 3)
+    expected = [[grid_end({"optim.lr": lr, "model.n_embd": w}, 1) for lr in RATES] for w in WIDTHS]
+    np.testing.assert_allclose(cells, expected)
+    assert texts_of(axes) == ["2.110", "1.860", "2.110", "1.950", "1.700", "1.950"]
+    assert [patch.get_xy() for patch in axes.patches] == [(0.5, 0.5)]  # of lr 0.01, width 32
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+    assert bar.get_ylabel() == "validation loss (nats per character)"
+    assert_tidy(figure)
+    runs = [run for run in records.load(grid_dir) if run.config["optim.lr"] == 1e-3]
+    with pytest.raises(InputError, match=r"optim\.lr has one value in these runs"):
+        figures.heat_map(runs, "optim.lr", "model.n_embd")
+
+
+def test_heat_map_gives_a_cell_with_a_failure_no_mean_of_the_others(grid_dir):
+    records.write_summary(grid_dir / "trials" / "s003-seed1", {"state": "failed"})  # the best cell
+    figure = figures.heat_map(records.load(grid_dir), "optim.lr", "model.n_embd")
+    axes = figure.axes[0]
+    assert "1.700" not in texts_of(axes) and len(texts_of(axes)) == 5
+    (cross,) = line_at(axes, "X")
+    assert (cross.get_xdata().tolist(), cross.get_ydata().tolist()) == ([1], [1])
+    assert [patch.get_xy() for patch in axes.patches] == [(0.5, -0.5)]
+    assert "crosses: failed or diverged" in title_of(figure).replace("\n", " ")
+    assert_tidy(figure)
+
+
+def test_heat_map_of_sampled_settings_is_dots_where_they_lie(tmp_path):
+    sampled = [{"optim.lr": 10**-i, "optim.weight_decay": i / 10} for i in (1.5, 2.25, 3.5)]
+    write_sweep(tmp_path, sampled, lambda setting, seed: 2.0 + setting["optim.weight_decay"], ["x = 1\n"])
+    figure = figures.heat_map(records.load(tmp_path), "optim.lr", "optim.weight_decay")
+    axes = figure.axes[0]
+    np.testing.assert_allclose(sorted(axes.collections[0].get_offsets()[:, 1]), [0.15, 0.225, 0.35])
+    assert axes.get_xscale() == "log" and not texts_of(axes)
+    assert_tidy(figure)
+
+
+def test_sensitivity_is_the_mean_excess_over_the_best_rate_by_hand(grid_dir):
+    figure = figures.sensitivity(records.load(grid_dir))
+    curve, bars = figure.axes
+    for bar in bars.patches:  # at 0.001 and 0.1 a quarter more than at 0.01: (1/4 + 0 + 1/4) / 3
+        assert bar.get_width() == pytest.approx(1 / 6)
+    assert curve.get_lines()[0].get_ydata()[1] == pytest.approx(2.0 - 0.16 + 0.02)
+    assert legend_texts(figure) == ["n_embd = 16", "n_embd = 32"]
+    assert_tidy(figure)
+    records.write_summary(grid_dir / "trials" / "s004-seed0", {"state": "failed"})  # lr 0.1, width 16
+    bars = figures.sensitivity(records.load(grid_dir)).axes[1]
+    first = records.Run(grid_dir / "trials" / "s004-seed0").series("train", "loss")[1][0]
+    best = grid_end({"optim.lr": 0.01, "model.n_embd": 16}, 0)
+    assert bars.patches[0].get_width() == pytest.approx((2 / 6 + (0.25 + first - best) / 3) / 3)
+    with pytest.raises(InputError, match="at least three values"):
+        figures.sensitivity([run for run in records.load(grid_dir) if run.config["optim.lr"] > 1e-3])
+
+
+def test_contenders_count_the_steps_of_all_trials_also_of_failed_ones(tmp_path):
+    settings = [{"optim.name": name, "optim.lr": lr} for name in ("adamw", "sgd") for lr in RATES]
+    ends = {("adamw", 1e-3): 2.5, ("adamw", 1e-2): "failed", ("adamw", 1e-1): 2.25,
+            ("sgd", 1e-3): 2.75, ("sgd", 1e-2): 2.5, ("sgd", 1e-1): 2.625}  # fmt: skip
+    write_sweep(tmp_path, settings, lambda s, seed: ends[s["optim.name"], s["optim.lr"]], ["x = 1\n"])
+    figure = figures.contenders(records.load(tmp_path), "optim.name")
+    adamw, sgd = figure.axes[0].get_lines()
+    assert adamw.get_xdata().tolist() == [180, 240, 420] and sgd.get_xdata().tolist() == [180, 360, 540]
+    assert adamw.get_ydata().tolist() == [2.5, 2.5, 2.25] and sgd.get_ydata().tolist() == [2.75, 2.5, 2.5]
+    assert legend_texts(figure) == ["adamw: 2.25", "sgd: 2.5"]
+    assert_tidy(figure)
+
+
+def summary_of(decided):
+    found = {
+        "objective": "val.loss", "best": 1, "decided": decided,
+        "comparisons": [
+            {"setting": 1, "against": 0, "n": 4, "mean": 0.3, "interval": [0.1, 0.5], "apart": True},
+            {"setting": 1, "against": 2, "n": 4, "mean": 0.1, "interval": [-0.2, 0.4], "apart": False},
+            {"setting": 0, "against": 2, "n": 4, "mean": 0.2, "interval": None, "apart": None},
+        ],
+    }  # fmt: skip
+    settings = [{"optim.lr": lr} for lr in RATES]
+    return {**found, "settings": [{"setting": n, "values": s} for n, s in enumerate(settings)]}
+
+
+@pytest.mark.parametrize("decided, words", [(True, "Confirmed with 4 fresh"), (False, "Unconfirmed")])
+def test_differences_are_those_from_the_best_with_their_intervals(decided, words):
+    figure = figures.differences(summary_of(decided), lambda number: f"setting {number}")
+    (axes,) = figure.axes
+    drawn = [bars[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers]
+    np.testing.assert_allclose(drawn, [[0.1, 0.5], [-0.2, 0.4]])
+    faces = [line.get_markerfacecolor() for line in line_at(axes, "o")]
+    assert faces == ["C0", "white"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["setting 0", "setting 2"]
+    assert words in figure.get_suptitle() and "setting 1" in figure.get_suptitle()
+    assert_tidy(figure)
+    with pytest.raises(InputError, match="no setting with its best"):
+        figures.differences({"best": None, "comparisons": []})
+
+
+def rung_end(setting, seed):
+    return {1e-3: "pruned", 1e-2: 2.0, 1e-1: "failed"}[setting["optim.lr"]]
+
+
+def test_rungs_show_who_was_dropped_and_count_who_failed(tmp_path):
+    settings = [{"optim.lr": lr} for lr in RATES]
+    write_sweep(tmp_path, settings, rung_end, ["x = 1\n"])
+    figure = figures.rungs(records.load(tmp_path), [20, 40])
+    (axes,) = figure.axes
+    (crosses,) = line_at(axes, "x")
+    assert crosses.get_xdata().tolist() == [20]
+    assert crosses.get_ydata()[0] == pytest.approx(2.75)
+    (kept,) = line_at(axes, "o")
+    assert kept.get_xdata().tolist() == [20, 40, 60] and kept.get_ydata()[-1] == pytest.approx(2.0)
+    assert title_of(figure).startswith("1 of 3 settings came to the end, 1 failed")
+    assert_tidy(figure)
+
+
+def power_law(sizes, noise=0.0):
+    sizes = np.asarray(sizes, float)
+    return 1.5 + (2e4 / sizes) ** 0.4 + noise * np.random.default_rng(0).normal(size=sizes.shape)
+
+
+def test_fit_power_law_recovers_what_it_was_made_of():
+    sizes = np.geomspace(1e3, 1e7, 9)
+    exact = figures.fit_power_law(sizes, power_law(sizes))
+    assert (exact.E, exact.alpha, exact.N_A) == pytest.approx((1.5, 0.4, 2e4), rel=1e-4)
+    fit = figures.fit_power_law(sizes, power_law(sizes, noise=0.01))
+    for name, true in (("E", 1.5), ("alpha", 0.4)):
+        low, high = fit.interval(name)
+        assert low < true < high and high - low < 0.1
+    line, reach = fit.curve(sizes)
+    assert (np.abs(line - power_law(sizes)) < reach).all()
+
+
+def test_the_intervals_of_fit_power_law_hold_the_truth_as_often_as_they_say():
+    sizes = np.geomspace(1e3, 1e7, 8)
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        fit = figures.fit_power_law(sizes, power_law(sizes) + rng.normal(0, 0.02, len(sizes)))
+        low, high = fit.interval("alpha")
+        held += low < 0.4 < high
+    assert 180 <= held <= 199  # 190 expected, of standard deviation 3
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 5]])
+def test_fit_power_law_refuses_fewer_than_six_sizes(sizes):
+    with pytest.raises(InputError, match="6 different sizes above 0"):
+        figures.fit_power_law(sizes, np.ones(len(sizes)))
+
+
+def test_scaling_law_takes_the_best_setting_of_each_size(tmp_path):
+    widths = [8, 12, 16, 24, 32, 48]
+    settings = [{"model.n_embd": width, "optim.lr": lr} for width in widths for lr in (1e-3, 1e-2)]
+
+    def end(setting, seed):
+        worse = 0.2 if setting["optim.lr"] == 1e-2 else 0.0
+        return float(power_law(100 * setting["model.n_embd"] ** 2)) / 4 + worse
+
+    write_sweep(tmp_path, settings, end, ["x = 1\n"])
+    figure = figures.scaling_law(records.load(tmp_path))
+    above, below = figure.axes
+    np.testing.assert_allclose(below.containers[0][0].get_ydata(), 0, atol=1e-4)
+    assert above.containers[0][0].get_xdata().tolist() == [100 * width**2 for width in widths]
+    assert "α = 0.40" in " ".join(legend_texts(figure))
+    assert_tidy(figure)
+    few = [run for run in records.load(tmp_path) if run.config["model.n_embd"] > 8]
+    with pytest.raises(InputError, match=r"there are 5 sizes .* needs 6"):
+        figures.scaling_law(few)
+
+
+def stems(folder):
+    return [path.stem for path in figures.for_directory(folder) if path.suffix == ".png"]
+
+
+def test_for_directory_draws_what_a_grid_asks_for(grid_dir):
+    summary = summary_of(True)
+    records.write_summary(grid_dir, summary)
+    assert stems(grid_dir) == [
+        "val.loss-against-optim.lr", "val.loss-against-model.n_embd",
+        "val.loss-over-optim.lr-and-model.n_embd", "sensitivity", "differences", "loss_curves",
+    ]  # fmt: skip
+
+
+def test_for_directory_draws_contenders_sizes_and_rungs(tmp_path):
+    names = [{"optim.name": name, "optim.lr": lr} for name in ("adamw", "sgd") for lr in RATES]
+    space = ['"optim.name" = "adamw"\n"optim.lr" = [0]\n', '"optim.name" = "sgd"\n"optim.lr" = [0]\n']
+    prune = '[prune]\nmethod = "halving"\nsteps = [20]\n'
+    write_sweep(tmp_path / "names", names, rung_end, space, prune)
+    found = stems(tmp_path / "names")
+    assert "contenders-optim.name" in found and "rungs" in found
+    assert "sensitivity" not in found  # pruning has taken rates away
+    sizes = [{"model.n_embd": width} for width in (8, 12, 16, 24, 32, 48)]
+    write_sweep(
+        tmp_path / "sizes", sizes, lambda s, seed: float(power_law(100 * s["model.n_embd"] ** 2)) / 4,
+        ['"model.n_embd" = [0]\n'],
+    )  # fmt: skip
+    assert stems(tmp_path / "sizes") == ["val.loss-against-model.n_embd", "scaling_law", "loss_curves"]
+
+
+def test_fresh_seeds_and_unfinished_trials_are_not_pooled_with_the_search(tmp_path):
+    settings = [{"optim.lr": lr} for lr in RATES]
+
+    def end(setting, seed):
+        if seed == 10:
+            return 1.0 if setting["optim.lr"] == 1e-1 else "pending"
+        return {1e-3: 2.5, 1e-2: "pruned", 1e-1: 2.25}[setting["optim.lr"]]
+
+    space = ['"optim.lr" = [0]\n']
+    write_sweep(tmp_path, settings, end, space, seeds=[*SEEDS, 10])
+    (axes,) = dict(figures.drawn(tmp_path))["val.loss-against-optim.lr"].axes
+    assert axes.containers[0][0].get_xdata().tolist() == [1e-3, 1e-1]
+    assert axes.containers[0][0].get_ydata().tolist() == [2.5, 2.25]
+    assert not line_at(axes, "X")
+    assert axes.get_title(loc="left").replace("\n", " ").endswith("3 runs without an end left out")
+
+
+def test_sampled_settings_share_a_look_and_are_not_joined(tmp_path):
+    settings = [
+        {"optim.name": name, "optim.lr": 10 ** -(i / 3), "optim.weight_decay": i / 50}
+        for name in ("adamw", "sgd") for i in range(5)
+    ]  # fmt: skip
+    write_sweep(tmp_path, settings, lambda setting, seed: 2.0 + setting["optim.lr"], ["x = 1\n"])
+    figure = figures.against(records.load(tmp_path), "optim.lr")
+    (axes,) = figure.axes
+    assert legend_texts(figure)[:2] == ["optim = adamw", "optim = sgd"]
+    assert [len(bars[0].get_xdata()) for bars in axes.containers] == [5, 5]
+    assert {bars[0].get_linestyle() for bars in axes.containers} == {"None"}
+    assert "one mark a setting" in title_of(figure).replace("\n", " ")
+    assert_tidy(figure)
+
+
+def test_a_users_words_are_no_formulas(tmp_path):
+    settings = [{"optim.name": name} for name in ("a$x_{$", "b$\\\\frac$")]
+    write_sweep(tmp_path, settings, lambda setting, seed: 2.0 + seed, ["x = 1\n"])
+    figure = figures.loss_curves(records.load(tmp_path))
+    svg = figures.to_svg(figure)
+    assert "a$x_{$" in svg and "b$\\frac$" in svg

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "checkpoint": {"arrays", "files"},
     "cli": {
         "bench", "cllm", "config", "data", "figures", "generate", "kernels", "parallel", "replay", "saved",
-        "contents", "sweep", "train", "userfile", "files", "verify",
+        "contents", "report", "status", "sweep", "train", "userfile", "files", "verify",
     },
     "contents": {"arrays", "checkpoint", "files", "guard", "progress", "records"},
     "config": {
@@ -51,12 +51,13 @@ MAY_IMPORT = {
     "records": {"files"},
     "reference": set(),
     "replay": {"checkpoint", "data", "guard", "nn", "rng", "saved", "task", "tensor"},
+    "report": {"figures", "files", "records", "sweep", "verdict"},
     "rng": set(),
     "saved": {
         "checkpoint", "config", "data", "evaluation", "gpt", "lifecycle", "metrics", "task", "userfile",
     },
     "schedules": set(),
-    "report": {"figures", "files", "records", "sweep", "verdict"},
+    "status": {"config", "files", "progress", "sweep", "verdict", "watch"},
     "sweep": {
         "checkpoint", "config", "evaluation", "files", "kernels", "lifecycle", "optim", "parallel", "progress",
         "records", "saved", "schedules", "task", "train", "userfile", "verdict", "watch",

@@ -25,6 +25,7 @@ from cllm.verdict import plus_minus
 
 __all__ = ["against"]
 
+MOST_MEANS = 200  # beside more of them single runs are a haze
 MOST_COUNTS = 8  # places with failures that have room for their numbers
 
 
@@ -33,12 +34,12 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     """A recorded value at the end of each run, against one key of their configs.
 
     There is one line for each setting of the other keys in which the runs differ: means over `over`, with
-    standard errors as bars, the single runs as small dots and a star on the best mean. Where a run failed
-    or diverged there is no mean: the other runs stay as dots, and a cross at the top counts the failures.
-    Diverged is a value that is NaN or, of a language model's loss, 5 % above the first training loss. Runs
-    without an end, such as those that a sweep dropped at a rung, are left out. Settings that each have a
-    value of x to themselves, as sampled ones have, are marks that nothing joins, with one look for all that
-    only numbers tell apart.
+    standard errors as bars, the single runs as small dots (both of at most 200 means), and a star on the
+    best mean. Where a run failed or diverged there is no mean: the other runs stay as dots, and a cross at
+    the top counts the failures. Diverged is a value that is NaN or, of a language model's loss, 5 % above
+    the first training loss. Runs without an end, such as those that a sweep dropped at a rung, are left
+    out. Settings that each have a value of x to themselves, as sampled ones have, are marks that nothing
+    joins, with one look for all that only numbers tell apart.
 
     Parameters
     ----------
@@ -117,6 +118,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         rank = {label: min(mean_or_inf(sign * values) for _, _, values in line) for label, line in lines}
         lines = sorted(lines, key=lambda item: rank[item[0]])[:MAX_LINES]
 
+    dots = sum(len(line) for _, line in lines) <= MOST_MEANS
+
     figure = Figure()
     axes = figure.subplots()
     legend = []
@@ -128,7 +131,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         linestyle = "-" if numeric and not scattered else "none"
         complete = []
         single = [(place, value) for place, _, values in line if len(values) > 1 for value in values]
-        if single:
+        if single and dots:
             where, values = np.array(single, float).T
             axes.plot(where + shift, values, ".", color=color, alpha=0.45, zorder=2)
         for place, value, values in line:
@@ -143,7 +146,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
                 best = (sign * values.mean(), place + shift, color, words)
         if complete:
             where, means, errors = zip(*complete)
-            bars = errors if any(errors) else None
+            bars = errors if any(errors) and dots else None
             axes.errorbar(where, means, yerr=bars, color=color, marker=marker, linestyle=linestyle, zorder=3)
         if len(lines) > 1:
             legend.append(Line2D([], [], color=color, marker=marker, linestyle=linestyle, label=label))
@@ -153,7 +156,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         legend.append(Line2D([], [], color=best[2], linestyle="none", label=best[3], **star))
     n_replicates = max(len(values) for _, line in lines for _, _, values in line)
     replicate = "seed" if over == "train.seed" else f"value of {over}"
-    if n_replicates > 1:
+    if n_replicates > 1 and dots:
         legend.append(Line2D([], [], color="0.4", marker=".", linestyle="none", label=f"one {replicate}"))
     if _mark_failures(axes, lines):
         cross = {"marker": "X", "markersize": 8, "linestyle": "none"}
@@ -168,7 +171,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     axes.set_xlabel(", ".join(AXIS_NAMES.get(key, key) for key in keys))
     axes.set_ylabel(name + loss_unit(runs, y))
     title = f"{name[0].upper()}{name[1:]} at {'the last step' if at == 'last' else 'its best'}"
-    spread = f": mean ± standard error, {n_replicates} {replicate}s"
+    spread = f": mean{' ± standard error' if dots else ''}, {n_replicates} {replicate}s"
     title += spread if n_replicates > 1 else f", one {replicate}"
     if n_lines > len(lines):
         title += f"; best {len(lines)} of {n_lines} settings"

@@ -34,20 +34,30 @@ class Trial(records.Run):
         super().__init__(path)
         self.config, self.state, self.step, self.judged = config, state, step, judged
         self.value = math.nan if value is None else value
+        self._firsts = {}
+
+    def first(self, split, key):
+        if (split, key) not in self._firsts:
+            self._firsts[split, key] = super().first(split, key)
+        return self._firsts[split, key]
 
 
 def varied(runs, but):
     """Config keys in which the runs differ, without `but` and those that say only where or how fast."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
+    configs = [run.config for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
     varied = []
     for key in keys:
+        value = configs[0].get(key)
+        if all(config.get(key) == value for config in configs):
+            continue
         # Arguments of an optimizer or schedule are compared among the runs of one name: what else differs
         # follows from the name.
         name = f"{key.partition('.')[0]}.name"
         found = {}
-        for run in runs:
-            kind = None if key == name else run.config.get(name)
-            found.setdefault(kind, set()).add(hashable(run.config.get(key)))
+        for config in configs:
+            kind = None if key == name else config.get(name)
+            found.setdefault(kind, set()).add(hashable(config.get(key)))
         differs = any(len(values) > 1 for values in found.values())
         if differs and key not in ("run.dir", "train.threads", "train.profile", *but):
             varied.append(key)
