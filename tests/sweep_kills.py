@@ -24,7 +24,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from cllm import checkpoint, records, verify
+import kills
+
+from cllm import checkpoint, records
 
 SWEEP = """
 [sweep]
@@ -156,14 +158,14 @@ def kill(process, rng, startup):
     return f"{victim} while {kind}"
 
 
-def run(kills, seed=0, say=print):
+def run(n_kills, seed=0, say=print):
     """Whether a sweep that is killed so often ends as one that is left alone; `say` is told the counts."""
     rng, began = random.Random(seed), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cllm-sweep-kills-") as folder:
         folder = Path(folder)
         words = ["a", "sweep", "that", "is", "killed", "goes", "on"]
         (folder / "text.txt").write_text(" ".join(rng.choices(words, k=3000)))
-        steps = max(40, STEPS * kills)
+        steps = max(40, STEPS * n_kills)
         text = SWEEP.format(steps=steps, interval=steps // 4, twice=2 * (steps // 4))
         (folder / "sweep.toml").write_text(text)
         alone = Process(folder, "alone")
@@ -172,17 +174,17 @@ def run(kills, seed=0, say=print):
         startup = time.monotonic() - began
         alone.end()
         places, found, calls, sweeps, died = collections.Counter(), [], 0, 1, 0
-        while places.total() < kills or calls == 0:
+        while places.total() < n_kills or calls == 0:
             process = Process(folder, f"killed-{sweeps}")
             calls += 1
-            while places.total() < kills and (place := kill(process, rng, startup)):
+            while places.total() < n_kills and (place := kill(process, rng, startup)):
                 places[place] += 1
                 if not place.startswith("worker"):
                     break
             ended = process.end()
             died += process.died
             whole = ended and not states(folder / f"killed-{sweeps}")["failed"]
-            if whole and places.total() < kills:  # another sweep takes the kills that are left
+            if whole and places.total() < n_kills:  # another sweep takes the kills that are left
                 found += differences(folder / "alone", folder / f"killed-{sweeps}")
                 sweeps += 1
         while True:
@@ -233,15 +235,10 @@ def differences(alone, killed):
         name = f"s{int(row[0]):03d}-seed{row[1]}"
         pair = [sweep / "trials" / name for sweep in (alone, killed)]
         if row[-4] == "finished":
-            differ = [*verify._arrays_differ(*pair), *verify._records_differ(*pair)]
-            tests = [(path / "test.json").is_file() for path in pair]
-            differ += ["it was measured on test in one sweep alone"] if tests[0] != tests[1] else []
-        else:  # before what comes first was known, it may have gone on
+            differ = kills.differences(*pair)
+        else:  # before it was dropped for good, it may have gone on
             step = int(row[-3])
-            there = [
-                [r for r in map(verify._untimed, records.Run(path).records) if r["step"] <= step]
-                for path in pair
-            ]
+            there = [[untimed(r) for r in records.Run(path).records if r["step"] <= step] for path in pair]
             differ = [f"its records up to step {step} differ"] if there[0] != there[1] else []
             if checkpoint.newest(pair[1]) is None:
                 differ.append("it has no checkpoint")
@@ -249,6 +246,9 @@ def differences(alone, killed):
     return found
 
 
+def untimed(record):
+    return {key: value for key, value in record.items() if not records.is_timing(key)}
+
+
 if __name__ == "__main__":
-    kills, seed = map(int, (sys.argv[1:] + ["50", "0"][len(sys.argv) - 1 :]))
-    sys.exit(not run(kills, seed))
+    sys.exit(not run(*map(int, (sys.argv[1:] + ["50", "0"][len(sys.argv) - 1 :]))))

@@ -488,6 +488,6 @@ def test_the_live_table_shows_running_trials_and_the_best_so_far(small, tmp_path
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(shown)
     text = console.export_text()
-    assert "4/4 trials" in text and "best so far: optim.lr = 0.01, val.loss 3." in text
-    assert re.search(r"s000-seed0 +running +6/12 .* 2\.500 .* optim\.lr = 0\.001", text)
+    assert "4/4 trials" in text and "best so far: val.loss 3.349 ± 0.018, lr=0.01" in text
+    assert re.search(r"s000-seed0 +running +6/12 .* 2\.500 .* lr=0\.001", text)
     assert len(re.findall(r"s00\d-seed\d +finished +12 ", text)) == 4

@@ -17,7 +17,7 @@ from cllm.errors import InputError
 from cllm.progress import Lines, Silent
 from cllm.sweep import results as sweep_results
 from cllm.sweep.engine import Processes, _Worker
-from cllm.sweep.worker import Order, wait_until_free
+from cllm.sweep.worker import Order, died, wait_until_free
 
 TINY = {
     "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "model.dropout": 0.1,
@@ -329,7 +329,8 @@ def test_more_steps_after_a_kill_between_two_trials(plan, tmp_path):
 # What fails ------------------------------------------------------------------------------------------
 
 TASK = """
-import errno, os, signal
+import errno, os, random
+import numpy as np
 
 def train(config, run, fault="none"):
     run.log(1, "train", loss=1.0)
@@ -340,7 +341,8 @@ def train(config, run, fault="none"):
     if fault == "exit":
         os._exit(3)
     print("a line of the user's")
-    run.log(2, "val", loss=float("nan") if fault == "nan" else 2.0)
+    drawn = np.random.random() + random.random() if fault.startswith("draw") else 2.0
+    run.log(2, "val", loss=float("nan") if fault == "nan" else drawn)
 """
 
 
@@ -367,6 +369,13 @@ def test_whatever_happens_to_a_trial_is_its_own_result(faults, tmp_path):
         "nan": ("failed", "2", "val.loss is nan"),
     }
     assert shown.summary["trials"] == {"finished": 1, "failed": 3}
+
+
+def test_what_a_users_file_draws_does_not_depend_on_the_trials_before(faults, tmp_path):
+    names = ("draw a", "draw b", "draw c")
+    go(faults(*names), tmp_path / "one", workers=1)
+    go(faults(*names), tmp_path / "three", workers=3)
+    assert table(tmp_path / "one") == table(tmp_path / "three")
 
 
 def test_a_full_disk_in_a_trial_ends_the_sweep_with_one_sentence(faults, tmp_path):
@@ -484,6 +493,15 @@ def test_a_worker_that_dies_before_it_begins_costs_nothing(plan, tmp_path):
         assert [worker.process.pid for worker in engine.workers] == pids  # it lives as long as the engine
     assert [message.state for message in told if isinstance(message, sweep.Result)] == ["finished"] * 3
     assert told[0] == {"step": 0, "isa": kernels.isa}
+    assert not list(tmp_path.rglob("error.txt"))
+
+
+def test_a_worker_that_dies_when_its_trial_is_done_costs_nothing(plan, tmp_path):
+    done = order_of(plan(), tmp_path)
+    assert died(done, -signal.SIGKILL).state == "failed"
+    (tmp_path / "trials" / "s000-seed0" / "error.txt").unlink()
+    train.Trainer(done.config, progress=Silent()).fit()
+    assert died(done, -signal.SIGKILL) == done.found()
     assert not list(tmp_path.rglob("error.txt"))
 
 

@@ -12,7 +12,7 @@ from cllm.errors import InputError
 from cllm.sweep.plan import Trial
 from cllm.verdict import text
 
-__all__ = ["TEST", "Result", "read", "read_table", "table", "tested", "trained", "value_at"]
+__all__ = ["TEST", "Result", "read", "read_table", "table", "tested", "trained"]
 
 TEST = "test.json"  # in a trial that was confirmed: what it reached on the test split
 STATES = ("pending", "running", "paused", "pruned", "finished", "failed")
@@ -74,7 +74,7 @@ def read(config, trial, run_dir, until=None):
     step, isas = known["step"], [entry["isa"] for entry in known.get("environments", [known])]
     facts = {"seconds": known["seconds"], "isa": "+".join(dict.fromkeys(isas))}
     if until is not None and step >= until:
-        value = value_at(config, run, until)
+        value = dict(_recorded(config, run_dir)).get(until)
         if value is not None:
             return _finite(config, Result(trial, "paused", until, value, **facts))
         if run.state != "failed":
@@ -84,15 +84,14 @@ def read(config, trial, run_dir, until=None):
         return Result(trial, "paused", step, **facts)
     if run.state == "failed":
         return Result(trial, "failed", step, None, run.summary.get("error", ""), **facts)
-    split, _, metric = config.objective.partition(".")
-    values = run.series(split, metric)[1] if config.objective in run.names() else ()
-    if not len(values):
+    values = [value for _, value in _recorded(config, run_dir)]
+    if not values:
         error = f"the run has no record of {config.objective}"
         return Result(trial, "failed", step, None, error, **facts)
     best = min if config.goal == "minimize" else max
     known = [value for value in values if not math.isnan(value)]
-    value = float(values[-1] if config.at == "last" else best(known, default=math.nan))
-    test = (tested(config, run_dir, step) or {}).get(metric)
+    value = values[-1] if config.at == "last" else best(known, default=math.nan)
+    test = (tested(config, run_dir, step) or {}).get(config.objective.partition(".")[2])
     return _finite(config, Result(trial, "finished", step, value, test=test, **facts))
 
 
@@ -102,13 +101,28 @@ def _finite(config, result):
     return replace(result, state="failed", value=None, error=f"{config.objective} is {result.value}")
 
 
-def value_at(config, run, step):
-    """The objective that a `records.Run` has recorded at exactly that step, as a float, or None."""
+def _recorded(config, run_dir):
+    """(step, value) of each record that has the objective; NaN for what was not finite.
+
+    Only lines of its split are parsed: a sweep that goes on reads thousands of trials, and most of their
+    records are of training steps (of 1,000 steps: 4.5 -> 0.4 ms).
+    """
     split, _, metric = config.objective.partition(".")
-    for record in run.records:
-        if record["step"] == step and record["split"] == split and metric in record:
-            return math.nan if record[metric] is None else float(record[metric])
-    return None
+    mark, found = json.dumps(split).encode(), []
+    try:
+        lines = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    for line in lines[:-1]:  # after the last line end is nothing, or what a killed process left unfinished
+        if mark in line:
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{run_dir / 'metrics.jsonl'} is damaged: {error}") from None
+            if record["split"] == split and metric in record:
+                value = record[metric]
+                found.append((record["step"], math.nan if value is None else float(value)))
+    return found
 
 
 def trained(run_dir):
@@ -130,7 +144,7 @@ def tested(config, run_dir, step):
     """What a trial of so many steps has reached on the test split, or None when that was not looked at."""
     try:
         found = json.loads((run_dir / TEST).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a damaged one tells nothing
         return None
     return found if (found["step"], found["checkpoint"]) == (step, config.at) else None
 

@@ -201,7 +201,10 @@ class _Course:
             folder.write_new(self.directory / "sweep.toml", configs.to_toml(self.sweep.resolved()))
             (self.directory / "summary.json").unlink(missing_ok=True)  # its end is not one any more
             self.engine = engine
-            self.shown.start(self.sweep, self.directory, self.results, min(engine.n_workers, len(left)))
+            n_workers = engine.n_workers
+            self.shown.start(self.sweep, self.directory, self.results, max(1, min(n_workers, len(left))))
+            if n_workers == 0:
+                self.shown.note("the scheduler has no workers yet; trials begin when one joins it")
         fitted = [folder.fit_steps(order, self.directory) for order in left]
         steps = left[0].config.train.max_steps
         if n := fitted.count("extended"):
@@ -212,7 +215,8 @@ class _Course:
                 f"evaluations would have been others; what they were is in {self.directory / folder.EARLIER}"
             )
         if self.again:
-            self.shown.note(f"tried again, as they failed: {', '.join(self.again)}")
+            more = f" and {len(self.again) - 5} more" if len(self.again) > 5 else ""
+            self.shown.note(f"tried again, as they failed: {', '.join(self.again[:5])}{more}")
             self.again.clear()
         self.shown.stage(orders, left)
         self.engine.run(left, self._told)

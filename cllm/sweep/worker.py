@@ -1,12 +1,15 @@
 """What a worker does with a trial, wherever it runs: train it or go on with it, say what became of it."""
 
 import json
+import random
 import signal
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
+
+import numpy as np
 
 from cllm import config as configs
 from cllm import kernels, saved, train, userfile
@@ -79,13 +82,17 @@ def perform(order, tell, interval):
     """
     run_dir, report, began = order.run_dir, _Report(tell, interval), monotonic()
     tell({"step": 0, "isa": kernels.isa})
+    # A user's file may draw from the generators that all code shares; other trials have left them somewhere.
+    random.seed(order.trial.seed)
+    np.random.seed(order.trial.seed % 2**32)  # noqa: NPY002
     try:
         wait_until_free(run_dir)
         (run_dir / ERROR).unlink(missing_ok=True)
         if (run_dir / "config.toml").exists():
             if not trained(run_dir):  # as it is set now: a mended file may take other arguments
                 write_atomic(run_dir / "config.toml", configs.to_toml(configs.to_dict(order.config)))
-            summary = train.resume(run_dir, progress=report, pause_at=order.until)
+            threads = {"train.threads": order.config.train.threads}  # which a sweep may change
+            summary = train.resume(run_dir, threads, progress=report, pause_at=order.until)
         else:
             summary = train.Trainer(order.config, progress=report, pause_at=order.until).fit()
         if summary.get("stopped_by") == "train.max_minutes":
@@ -102,7 +109,13 @@ def perform(order, tell, interval):
 
 
 def died(order, code):
-    """The result of a trial whose process ended with an exit code, without giving one."""
+    """The result of a trial whose process ended with an exit code, without giving one.
+
+    The trial has failed, unless its files tell that it was done.
+    """
+    with suppress(InputError):  # damaged
+        if order.done(found := order.found()):
+            return found
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
     hint = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
     error = f"worker died: {how}{hint}"
