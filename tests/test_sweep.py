@@ -425,7 +425,8 @@ def test_another_sweep_in_the_directory_is_refused_with_the_difference(small, wr
         ("data.val_fraction", "not set", 0.2, ""),
     ):  # fmt: skip
         other = sweep.Sweep.load(write(), {f"base.{key}": value})
-        with pytest.raises(InputError, match=rf"another sweep: base\.{key} is {was} there and {value} here{words};"):
+        told = rf"another sweep: base\.{key} is {was} there and {value} here{words};"
+        with pytest.raises(InputError, match=told):
             sweep.run(other, directory, progress=Quiet())
     other = sweep.Sweep.load(write(SPACE.replace("[1e-3, 1e-2]", "[0.1, 0.3]")))
     with pytest.raises(InputError, match=r"optim\.lr, is \[0\.001, 0\.01\] there and \[0\.1, 0\.3\] here"):
@@ -451,7 +452,8 @@ def test_trials_on_a_text_that_changed_meanwhile_are_refused(small, text_file, t
 def test_two_processes_cannot_run_one_sweep(small, tmp_path):
     directory = tmp_path / "out"
     directory.mkdir()
-    with Lock(directory), pytest.raises(InputError, match="in use by process .*; wait for the end of that sweep"):
+    told = r"in use by process .*; wait for the end of that sweep"
+    with Lock(directory), pytest.raises(InputError, match=told):
         sweep.run(small, directory, progress=Quiet())
     assert list(directory.iterdir()) == []
 
