@@ -648,7 +648,7 @@ def test_differences_are_those_from_the_best_with_their_intervals(decided, words
     drawn = [bars[2][0].get_segments()[0][:, 0].tolist() for bars in axes.containers]
     np.testing.assert_allclose(drawn, [[0.1, 0.5], [-0.2, 0.4]])
     faces = [line.get_markerfacecolor() for line in line_at(axes, "o")]
-    assert faces == ["C0", "white"]
+    assert faces == ["#0072b2", "white"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["setting 0", "setting 2"]
     assert words in figure.get_suptitle() and "setting 1" in figure.get_suptitle()
     assert_tidy(figure)
@@ -774,6 +774,13 @@ def test_fresh_seeds_and_unfinished_trials_are_not_pooled_with_the_search(tmp_pa
     assert axes.get_title(loc="left").replace("\n", " ").endswith("3 runs without an end left out")
 
 
+@pytest.mark.parametrize("table", ["setting,seed\n0,0\n", "setting,seed,state,step,val.loss\n0,x,,1,\n"])
+def test_a_table_that_is_none_is_named(grid_dir, table):
+    (grid_dir / "results.csv").write_text(table)
+    with pytest.raises(InputError, match=r"results\.csv is not the table of this sweep"):
+        figures.for_directory(grid_dir)
+
+
 def test_sampled_settings_share_a_look_and_are_not_joined(tmp_path):
     settings = [
         {"optim.name": name, "optim.lr": 10 ** -(i / 3), "optim.weight_decay": i / 50}
@@ -787,6 +794,11 @@ def test_sampled_settings_share_a_look_and_are_not_joined(tmp_path):
     assert {bars[0].get_linestyle() for bars in axes.containers} == {"None"}
     assert "one mark a setting" in title_of(figure).replace("\n", " ")
     assert_tidy(figure)
+
+
+def test_colours_are_the_styles_whoever_saves_the_figure(grid_dir):
+    line = figures.loss_curves(records.load(grid_dir)).axes[0].get_lines()[0]
+    assert line.get_color() == "#0072b2"
 
 
 def test_a_users_words_are_no_formulas(tmp_path):

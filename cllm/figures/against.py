@@ -16,6 +16,7 @@ from cllm.figures.style import (
     log_if_wide,
     loss_unit,
     objective_name,
+    palette,
     short,
     styled,
     text,
@@ -125,7 +126,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     legend = []
     best = None  # (signed mean, place, colour, words)
     for index, ((label, line), marker) in enumerate(zip(lines, MARKERS)):
-        color = f"C{index}"
+        color = palette(index)
         # Categories lie beside each other and are not joined: there is nothing between them.
         shift = 0.0 if numeric or scattered else 0.1 * (index - (len(lines) - 1) / 2)
         linestyle = "-" if numeric and not scattered else "none"

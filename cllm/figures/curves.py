@@ -17,6 +17,7 @@ from cllm.figures.style import (
     SPLIT_NAMES,
     add_legend,
     loss_unit,
+    palette,
     plain_log_ticks,
     styled,
 )
@@ -260,7 +261,7 @@ def _settings(runs, rank=None, of=None):
     if len(groups) > MAX_LINES:
         words = f"{'best' if rank else 'first'} {MAX_LINES} of {len(groups)} settings"
         groups = (sorted(groups, key=lambda group: rank(group[1])) if rank else groups)[:MAX_LINES]
-    looks = [{"color": f"C{index}", "marker": MARKERS[index]} for index in range(len(groups))]
+    looks = [{"color": palette(index), "marker": MARKERS[index]} for index in range(len(groups))]
     legend = [Line2D([], [], **look, label=label) for look, (label, _) in zip(looks, groups)]
     return [(look, group) for look, (_, group) in zip(looks, groups)], legend, words
 

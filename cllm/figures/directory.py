@@ -116,17 +116,23 @@ def _trials(path, config):
     except FileNotFoundError:
         return [run for run in records.load(path) if seeds is None or run.config.get("train.seed") in seeds]
     judged = config["objective"], config["at"]
-    for row in rows:
-        run = records.Run(path / "trials" / f"s{int(row['setting']):03d}-seed{row['seed']}")
-        if int(row["seed"]) not in seeds or row["state"] == "pending":
-            continue
-        # The trials of a setting differ in their seeds alone, and one file is read for all of them.
-        of_setting = configs.get(row["setting"]) or configs.setdefault(row["setting"], run.config)
-        if of_setting:
-            state = row["state"] if row["state"] in ("finished", "failed") else "unfinished"
+    try:
+        for row in rows:
+            number, seed, step = int(row["setting"]), int(row["seed"]), int(row["step"])
+            run = records.Run(path / "trials" / f"s{number:03d}-seed{seed}")
             value = float(row[config["objective"]]) if row[config["objective"]] else None
-            one = {**of_setting, "train.seed": int(row["seed"])}
-            found.append(Trial(run.path, one, state, int(row["step"]), judged, value))
+            if seed not in seeds or row["state"] == "pending":
+                continue
+            # The trials of a setting differ in their seeds alone, and one file is read for all of them.
+            of_setting = configs.get(number) or configs.setdefault(number, run.config)
+            if of_setting:
+                state = row["state"] if row["state"] in ("finished", "failed") else "unfinished"
+                one = {**of_setting, "train.seed": seed}
+                found.append(Trial(run.path, one, state, step, judged, value))
+    except InputError:  # of a trial's config.toml, which it names
+        raise
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{path / 'results.csv'} is not the table of this sweep") from None
     if not found:
         raise InputError(f"no trial of {path} has begun, so there is nothing to draw")
     return found

@@ -6,7 +6,7 @@ import numpy as np
 
 from cllm.errors import InputError
 from cllm.figures.groups import end, ended, mean_over
-from cllm.figures.style import add_legend, loss_unit, objective_name, styled, ticks_at
+from cllm.figures.style import add_legend, loss_unit, objective_name, palette, styled, ticks_at
 
 __all__ = ["fit_power_law", "scaling_law"]
 
@@ -62,9 +62,10 @@ def scaling_law(runs, y="val.loss", over="train.seed", at="last"):
     intervals = [fit.interval(value) for value in ("E", "alpha")]
     E, alpha = (f"{low:.2f} to {high:.2f}" for low, high in intervals)
     law = f"E + (N1 / N)^α: E = {fit.E:.2f} ({E}), α = {fit.alpha:.2f} ({alpha}), N1 = {_count(fit.N_A)}"
-    fill = {"color": "C0", "alpha": 0.2, "linewidth": 0, "label": "its 95 % band; in brackets 95 % intervals"}
+    fill = {"color": palette(0), "alpha": 0.2, "linewidth": 0}
+    fill["label"] = "its 95 % band; in brackets 95 % intervals"
     band = above.fill_between(grid, line - reach, line + reach, **fill)
-    (curve,) = above.plot(grid, line, color="C0", label=law)
+    (curve,) = above.plot(grid, line, color=palette(0), label=law)
     error = "mean ± standard error" if any(errors) else "one run"
     points = {"yerr": errors if any(errors) else None, "color": "black", "fmt": "o"}
     dots = above.errorbar(sizes, losses, label=error, **points)
@@ -74,7 +75,7 @@ def scaling_law(runs, y="val.loss", over="train.seed", at="last"):
     title = f"{name[0].upper()}{name[1:]} of {len(sizes)} sizes, each at its best setting"
     above.set_title(title, loc="left")
     below.errorbar(sizes, losses - fit.curve(sizes)[0], **points)
-    below.axhline(0, color="C0")
+    below.axhline(0, color=palette(0))
     below.set_ylabel("residual")
     below.set_xlabel("parameters N")
     figure.align_ylabels()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 __all__ = [
     "AXIS_NAMES", "LINESTYLES", "MARKERS", "MAX_LINES", "OTHER_LINESTYLES", "SPLIT_NAMES", "STYLE",
-    "add_legend", "is_task", "log_if_wide", "loss_unit", "objective_name", "plain_log_ticks", "short",
-    "styled", "text", "ticks_at", "unmarked",
+    "add_legend", "is_task", "log_if_wide", "loss_unit", "objective_name", "palette", "plain_log_ticks",
+    "short", "styled", "text", "ticks_at", "unmarked",
 ]  # fmt: skip
 
 STYLE = Path(__file__).parents[1] / "cllm.mplstyle"
@@ -65,6 +65,13 @@ def add_legend(figure, handles, place, width):
         most = 2 if len(handles) > 3 else len(handles)
         columns = max(1, min(most, width // max(widest + 6, 1)))  # 6: the line before the words
     figure.legend(handles=handles, loc=place, ncols=columns)
+
+
+def palette(index):
+    """The style's colour of that number; "C0" would be that of whoever saves the figure."""
+    from matplotlib.colors import to_hex
+
+    return to_hex(f"C{index}")
 
 
 def plain_log_ticks(axis):

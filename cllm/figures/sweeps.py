@@ -15,6 +15,7 @@ from cllm.figures.style import (
     log_if_wide,
     loss_unit,
     objective_name,
+    palette,
     plain_log_ticks,
     short,
     styled,
@@ -182,7 +183,7 @@ def sensitivity(runs, x="optim.lr", y="val.loss", over="train.seed", at="last"):
     curve, bars = figure.subplots(1, 2, width_ratios=[1.7, 1])
     reach, replicates = 0.0, set()
     for index, (label, group) in enumerate(groups):
-        look = {"color": f"C{index}", "marker": MARKERS[index]}
+        look = {"color": palette(index), "marker": MARKERS[index]}
         whole = _whole(group, x, y, over, at, places)
         if whole is None:
             raise InputError(f"{label} has not all {len(places)} values of {x} for any value of {over}")
@@ -275,7 +276,7 @@ def contenders(runs, key, y="val.loss", over="train.seed", at="last", goal="mini
     for index, (_, name, steps, values) in enumerate(ends):
         style = "-" if index < MAX_LINES else "--"
         marker = MARKERS[index % MAX_LINES]
-        color = f"C{index % MAX_LINES}"
+        color = palette(index % MAX_LINES)
         last = "" if math.isnan(values[-1]) else f": {values[-1]:.4g}"
         label = f"{text(name)}{last}"
         every = -(-len(steps) // 25)
@@ -322,8 +323,9 @@ def differences(summary, describe=str):
         mean, interval = entry["mean"], entry["interval"]
         reach = [[mean - interval[0]], [interval[1] - mean]] if interval else None
         apart = entry["apart"]
-        look = {"marker": "o", "markersize": 7, "markerfacecolor": "C0" if apart else "white", "capsize": 4}
-        axes.errorbar(mean, row, xerr=reach, color="C0", **look)
+        face = palette(0) if apart else "white"
+        look = {"marker": "o", "markersize": 7, "markerfacecolor": face, "capsize": 4}
+        axes.errorbar(mean, row, xerr=reach, color=palette(0), **look)
     axes.axvline(0, color="0.4", linewidth=1, linestyle="--")
     words = [textwrap.fill(unmarked(describe(entry["against"])), 44) for entry in found]
     axes.set_yticks(range(len(found)), words)
@@ -394,7 +396,7 @@ def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
     axes.plot(*last.T, linestyle="none", zorder=3, **cross)
     handles = []
     for index, (label, (at, means)) in enumerate(drawn):
-        look = {"color": f"C{index}", "marker": MARKERS[index], "markevery": -(-len(at) // 20)}
+        look = {"color": palette(index), "marker": MARKERS[index], "markevery": -(-len(at) // 20)}
         handles += axes.plot(at, means, zorder=4, label=label, **look)
     for step in steps:
         axes.axvline(step, color="0.4", linewidth=0.9, linestyle=":", zorder=1)
