@@ -64,8 +64,8 @@ MAY_IMPORT = {
     "tensor": {"_core", "kernels", "rng"},
     "train": {
         "checkpoint", "cllm", "config", "data", "evaluation", "files", "generate", "guard", "kernels",
-        "lifecycle", "loop", "metrics", "monitor", "optim", "parallel", "profile", "progress", "records", "rng", "saved",
-        "schedules", "task", "userfile",
+        "lifecycle", "loop", "metrics", "monitor", "optim", "parallel", "profile", "progress", "records",
+        "rng", "saved", "schedules", "task", "userfile",
     },
     "userfile": {"files"},
     "verdict": set(),
