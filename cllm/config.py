@@ -64,8 +64,9 @@ class TrainConfig:
     patience : int
         Evaluations in a row without a better loss after which the run ends early; 0: it does not.
     prefetch : int
-        Batches that a thread of its own makes ahead; 0: each is made when it is needed. It pays for a dataset
-        of one's own whose batches take long to make without holding the GIL. Results do not depend on it.
+        Batches that a thread of its own makes ahead; 0: each is made when it is needed. It pays for a token
+        file that memory does not hold, and for a dataset of one's own that takes a millisecond or more, most
+        of all if it waits. Results do not depend on it.
     profile : bool
         Time the kernels in a few of the steps; the run ends with a table, which its summary holds too.
     """

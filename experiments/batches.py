@@ -6,7 +6,7 @@ Question: for which data does a step get faster when its batch comes from the po
 Each row is several training runs of some steps, in turns with the others of its kind: first decile and median
 of a step's time, the median of its wait for the batch, the processor time of all threads, and page faults
 (minor: memory that is new; major: read from disk). "cold" is a token file of 2 GB that the system is told to
-forget before each run.
+forget before each run, which reads other places in it than those before.
 """
 
 import argparse
@@ -172,12 +172,12 @@ def forget(path):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def one(folder, build, config, path, threads, prefetch):
+def one(folder, build, config, path, threads, prefetch, seed):
     """Milliseconds of each step, and of its data; processor milliseconds, minor and major faults for each."""
     clock = Clock()
     fixed = {
         "train.max_steps": WARM + STEPS, "train.eval_interval": 0, "train.checkpoint_interval": 0,
-        "train.threads": threads, "train.prefetch": prefetch, "data.val_fraction": 0.0,
+        "train.threads": threads, "train.prefetch": prefetch, "data.val_fraction": 0.0, "train.seed": seed,
         "monitor.layers": 0,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
@@ -205,12 +205,15 @@ def main():
         for name, build, config, path in cases(folder):
             if options.only and not any(part in name for part in options.only.split(",")):
                 continue
+            if path is not None:
+                cllm.data.load(path, val_fraction=0.0)  # reads all of it once, for its hash
             found = {variant: [] for variant in variants}
             for i in range(options.rounds):
                 for variant in variants if i % 2 == 0 else reversed(variants):
+                    seed = sum(map(len, found.values()))
                     with no_pool() if variant == "no pool" else nullcontext():
                         found[variant].append(
-                            one(folder, build, config, path, options.threads, variants[variant])
+                            one(folder, build, config, path, options.threads, variants[variant], seed)
                         )
             for variant, runs in found.items():
                 times, waits = (np.concatenate([run[i] for run in runs]) for i in (0, 1))

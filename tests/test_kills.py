@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -98,6 +99,21 @@ def test_a_run_that_stopped_early_goes_on_where_more_steps_are_asked_for(config,
     assert train.resume(tmp_path / "run", progress=Silent())["step"] == 40
 
 
+def test_killed_between_the_old_end_and_the_new_configuration(config, tmp_path, monkeypatch):
+    config |= {"schedule.name": "constant", "train.max_steps": 6}
+    fit(config, tmp_path / "run")
+    prolonged = {"train.max_steps": 8}
+    for module, name, wanted in (
+        (Path, "unlink", lambda path, *_: path.name == "summary.json"),
+        (train.Trainer, "_write_config", lambda trainer: True),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, module, name, wanted)
+            train.resume(tmp_path / "run", prolonged, progress=Silent())
+        assert train.resume(tmp_path / "run", progress=Silent())["step"] == 6
+    assert train.resume(tmp_path / "run", prolonged, progress=Silent())["step"] == 8
+
+
 def test_killed_before_old_checkpoints_were_deleted(config, tmp_path, monkeypatch):
     fit(config, tmp_path / "alone")
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -130,6 +146,15 @@ def test_the_checkpoint_of_a_stop_is_not_where_a_run_goes_back_to(config, tmp_pa
             train.resume(tmp_path / "stopped", callbacks=[signal_at(step, signal.SIGTERM)], progress=Silent())
     train.resume(tmp_path / "stopped", progress=Silent())
     assert_same(tmp_path / "alone", tmp_path / "stopped")
+
+
+def test_a_run_to_which_going_back_is_new_goes_back_to_where_it_was_stopped(config, tmp_path, monkeypatch):
+    config |= {"train.eval_interval": 0, "train.checkpoint_interval": 0, "guard.spike": 0.0}
+    with pytest.raises(SystemExit):
+        fit(config, tmp_path / "run", [signal_at(5, signal.SIGTERM)])
+    monkeypatch.setattr(Guard, "judge", lambda guard, loss, norm: "made up" if guard.order == 0 else None)
+    summary = train.resume(tmp_path / "run", {"guard.policy": "rollback"}, progress=Silent())
+    assert (summary["state"], summary["step"], summary["incidents"]) == ("finished", 30, 1)
 
 
 def test_records_that_are_older_than_the_checkpoint_are_told_of(config, tmp_path):
@@ -242,7 +267,7 @@ def test_killed_in_each_operation_all_is_as_before_or_as_after(tmp_path, work, m
     assert n > 1 and seen[-1] == new
 
 
-def test_killed_in_each_operation_while_more_steps_are_asked_for(config, tmp_path, capfd):
+def test_killed_in_every_third_operation_while_more_steps_are_asked_for(config, tmp_path, capfd):
     """Its old end is undone, records after it are dropped, its configuration is rewritten; in this order."""
     config |= {"schedule.name": "constant", "train.max_steps": 6, "train.checkpoint_interval": 0}
     config |= {"train.eval_interval": 0, "train.keep_checkpoints": 1, "guard.spike": 0.0}
@@ -257,17 +282,67 @@ def test_killed_in_each_operation_while_more_steps_are_asked_for(config, tmp_pat
     (tmp_path / "run").rename(tmp_path / "alone")
     n, died = 0, True
     while died:
-        n += 1
+        n += 3
         shutil.copytree(tmp_path / "short", tmp_path / "run")
-        died = killed_child(n, kills.MOMENTS[n % 3], prolonged)
+        moment = kills.MOMENTS[n // 3 % 3]
+        died = killed_child(n, moment, prolonged)
         if died and n % 2:
-            killed_child(n // 2, kills.MOMENTS[n % 3], prolonged)
+            killed_child(n // 2 + 1, moment, prolonged)
         assert prolonged()["step"] == 8
         assert_same(tmp_path / "alone", tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
     there = capfd.readouterr().out
-    assert all(name in there for name in (".lock", "config.toml", "metrics.jsonl", "state.json", "gone"))
-    assert there.rstrip().endswith(".lock")  # up to the last one
+    for name in (".lock", "config.toml", "metrics.jsonl", "state.json", "gone", "summary.json"):
+        assert name in there
+
+
+LOOP = """
+import numpy as np
+
+def restoring(config, run):
+    step, arrays, _ = run.restore() or (0, {"w": np.zeros(3)}, None)
+    train(config, run, step, arrays["w"])
+
+def starting_again(config, run):
+    train(config, run, 0, np.zeros(3))
+
+def train(config, run, step, w):
+    while step < config.train.max_steps:
+        w = w + np.random.default_rng(step).normal(size=3)
+        step += 1
+        run.log(step, "train", loss=w.sum())
+        if step % 3 == 0:
+            run.log(step, "val", loss=w[0] ** 2)
+            run.save(step, {"w": w})
+"""
+
+
+@pytest.mark.parametrize("loop", ["restoring", "starting_again"])
+def test_a_loop_of_ones_own_killed_in_every_third_operation(tmp_path, monkeypatch, loop):
+    (tmp_path / "my.py").write_text(LOOP)
+    monkeypatch.chdir(tmp_path)
+    config = {"task.run": f"my.py:{loop}", "train.max_steps": 6, "train.threads": 1}
+
+    def whole(run_dir="run"):
+        random.seed(0)  # a fork has another one, and its state is in the checkpoints
+        if Path(run_dir, "config.toml").exists():
+            train.resume(run_dir, progress=Silent())
+        else:
+            fit(config, run_dir)
+
+    whole("alone")
+
+    n, died = 0, True
+    while died:
+        n += 3
+        moment = kills.MOMENTS[n // 3 % 3]
+        died = killed_child(n, moment, whole)
+        if died and n % 2:
+            killed_child(n // 2 + 1, moment, whole)
+        whole()
+        assert_same(Path("alone"), Path("run"))
+        shutil.rmtree("run")
+    assert n > 60
 
 
 # Stops that are asked for ------------------------------------------------------------------------------

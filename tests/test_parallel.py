@@ -331,6 +331,13 @@ def test_a_signal_to_one_unit_stops_all_and_any_number_goes_on(folder, name, sta
 
 
 @needs_mpi
+def test_a_second_signal_to_one_unit_does_not_leave_the_others_waiting(folder):
+    code, _, err = strike(folder, 2, "SIGTERM,SIGTERM", 1, 7, "step", *flags("run"))
+    assert code not in (0, 2) and "processing unit 1 of 2 failed: the run ends" in err, (code, err)
+    assert checkpoint.newest(folder / "run").name == "step-00000005"
+
+
+@needs_mpi
 def test_the_first_units_own_error_before_the_loop_ends_all(folder):
     assert strike(folder, 2, "SIGTERM", 0, 7, "step", *flags("run"))[0] == 143
     with Lock(folder / "run"):

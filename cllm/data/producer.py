@@ -19,9 +19,10 @@ class Producer:
     consumed is all the state; batches in flight are none. An error in making a batch is raised when that
     batch is asked for.
 
-    It pays where a batch takes long to make, as those of a dataset of one's own; such a dataset is
-    called from the thread, while evaluations may call it too, and must not draw from generators that the
-    training shares.
+    It pays where a batch takes long to make: a step at char size waits 7.3 ms for a dataset that takes 5, 4.4
+    for a file of 2 GB on disk, and 0.1 in either case with this; for a text in memory it is 0.1 without, too
+    (experiments/batches.py). A dataset of one's own is called from the thread, while evaluations may call it
+    too, and must not draw from generators that the training shares.
 
     Parameters
     ----------
