@@ -31,6 +31,7 @@ sanitize: $(VENV)/installed $(VENV)/extra-test
 robustness: $(VENV)/installed $(VENV)/extra-test
 	$(BIN)/python tests/batch_stress.py 60
 	$(BIN)/python tests/kills.py 100
+	$(BIN)/python tests/sweep_kills.py 50
 	$(BIN)/python tests/corruptions.py 5000
 	$(BIN)/python tests/soak.py 60
 

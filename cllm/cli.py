@@ -273,11 +273,14 @@ def _parser():
     sub = command(
         _sweep,
         "train many settings, each with several seeds, and compare them",
-        "Run the trials of a sweep file and end in results.csv and a verdict. Running it again continues it. "
-        "Any key of the sweep's base is an option: --base.SECTION.KEY VALUE.",
+        "Run the trials of a sweep file and end in results.csv and a verdict. Running it again continues it; "
+        "values, seeds and steps may be added. Any key of the sweep's base is an option: "
+        "--base.SECTION.KEY VALUE. With --scheduler the workers of a Dask cluster train the trials, over "
+        "folders that they share with this machine.",
         "cllm sweep experiments/lr_sweep.toml",
         "cllm sweep experiments/lr_sweep.toml --workers 2 --base.train.max-steps 100 --run.dir runs/trial",
-        usage="cllm sweep SWEEP.toml [--dry-run] [--workers N] [--run.dir DIR] [--base.SECTION.KEY X ...]",
+        usage="cllm sweep SWEEP.toml [--dry-run] [--workers N | --scheduler tcp://HOST:PORT [--same-isa]]\n"
+        "       [--run.dir DIR] [--base.SECTION.KEY X ...]",
     )
     sub.add_argument("file", metavar="SWEEP.toml", help="a sweep's configuration")
     sub.add_argument("--run.dir", dest="directory", metavar="DIR", help="the sweep's directory")

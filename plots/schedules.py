@@ -54,7 +54,7 @@ PANELS = [
 
 
 def draw():
-    with matplotlib.style.context(["default", figures.STYLE]):
+    with matplotlib.style.context(["default", figures.style.STYLE]):
         figure = Figure(figsize=(6.8, 4.6))
         axes = figure.subplots(3, 4, sharey=True)
         for panel, (title, schedule, *variant) in zip(axes.flat, PANELS):

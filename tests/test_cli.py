@@ -20,8 +20,8 @@ TINY = [
     "--train.checkpoint-interval", "6", "--schedule.warmup-steps", "2", "--train.threads", "1",
 ]  # fmt: skip
 COMMANDS = (
-    "quickstart", "train", "resume", "sweep", "plot", "sample", "eval", "replay", "inspect",
-    "verify-resume", "info", "bench",
+    "quickstart", "train", "resume", "sweep", "status", "plot", "report", "sample", "eval", "replay",
+    "inspect", "verify-resume", "info", "bench",
 )  # fmt: skip
 
 

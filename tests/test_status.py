@@ -16,6 +16,7 @@ from cllm.errors import InputError
 from cllm.files import LOCK, Lock
 from cllm.sweep import folder
 from cllm.sweep.results import Result, table
+from cllm.sweep.worker import Order
 
 
 @pytest.fixture
@@ -93,6 +94,30 @@ def test_plain_lines_tell_of_rungs_and_confirmation(plan, tmp_path, capsys):
     assert [line[:5] for line in ends[6:10]] == [f"[{i}/4]" for i in range(1, 5)]
     assert [line[:5] for line in ends[10:]] == ["[1/2]", "[2/2]"] * 2
     assert all(re.search(r"val\.loss \d\.\d{4} at step 4, .* left", line) for line in ends[:6])
+
+
+def test_time_left_is_that_of_the_stage_at_the_rate_so_far(plan, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(watch, "monotonic", lambda: clock[0])
+    plan = plan(tail='[prune]\nmethod = "halving"\nsteps = [4]\n')
+    trials = plan.trials()
+    results = {trial.name: Result(trial) for trial in trials}
+    shown = watch.Lines()
+    shown.start(plan, tmp_path, results, 2)
+    orders = [Order(trial, plan.trial_config(trial), plan.config, 4) for trial in trials]
+    shown.stage(orders, orders)
+    assert shown.left() == "time left not known yet"
+    clock[0] = 10.0
+    shown.step(trials[0], 4, None), shown.step(trials[1], 1, None), shown.step(trials[1], 0, None)
+    assert shown.left() == "22 s left"  # 5 of 16 steps
+    clock[0] = 3600.0
+    for trial in trials:
+        results[trial.name] = Result(trial, "paused", 4, 2.0, seconds=1.0)
+        shown.ended(results[trial.name])
+    assert shown.left() == "0.0 s left"
+    last = [Order(trial, plan.trial_config(trial), plan.config) for trial in trials[:2]]
+    shown.stage(last, last)
+    assert shown.left().startswith("1 h 0 min left, until ")  # 16 steps more, as many as were done
 
 
 def test_what_is_done_already_is_said(plan, tmp_path, capsys):

@@ -11,6 +11,7 @@ import time
 from functools import partial
 
 import pytest
+import sweep_kills
 
 from cllm import checkpoint, config, files, kernels, records, saved, sweep, train
 from cllm.errors import InputError
@@ -593,3 +594,26 @@ def test_the_table_can_be_read_back(plan, tmp_path):
         (tmp_path / "results.csv").write_text(text)
         with pytest.raises(InputError, match=words):
             sweep_results.read_table(tmp_path, plan.settings)
+
+
+# Kills -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the workers through /proc")
+def test_a_sweep_survives_kills():
+    said = []
+    assert sweep_kills.run(3, seed=1, say=said.append), said
+
+
+def test_kills_that_changed_something_would_be_seen(plan, tmp_path):
+    for name in ("alone", "killed"):
+        go(plan(space=THREE, tail=HALVING + CONFIRM, data__test_fraction=0.1), tmp_path / name)
+    assert sweep_kills.differences(tmp_path / "alone", tmp_path / "killed") == []
+    table, (test, *_) = tmp_path / "killed" / "results.csv", (tmp_path / "killed").rglob("test.json")
+    table.write_text(table.read_text().replace("pruned", "paused", 1))
+    path = tmp_path / "killed" / "summary.json"
+    path.write_text(path.read_text().replace('"decided": true', '"decided": false'))
+    test.unlink()
+    found = " ".join(sweep_kills.differences(tmp_path / "alone", tmp_path / "killed"))
+    assert "results.csv: " in found and "summary.json: decided is False, not True" in found
+    assert f"{test.parent.name}: files: ['test.json'] are in one of the two only" in found

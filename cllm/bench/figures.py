@@ -43,7 +43,7 @@ def _styled(function):
     def styled(*args, **kwargs):
         import matplotlib.style
 
-        with matplotlib.style.context(["default", figures.STYLE]):
+        with matplotlib.style.context(["default", figures.style.STYLE]):
             return function(*args, **kwargs)
 
     return styled

@@ -25,7 +25,7 @@ from cllm import kernels, parallel
 from cllm.errors import InputError, plain_notes
 from cllm.files import LOCK
 from cllm.sweep.results import Result
-from cllm.sweep.worker import died, note_error, perform
+from cllm.sweep.worker import died, note_error, perform, teller
 
 __all__ = ["Cluster"]
 
@@ -293,10 +293,10 @@ def _child():
     os.dup2(2, 1)  # what a user's file prints is no message
     orders, messages = connection.Connection(0, writable=False), connection.Connection(out, readable=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    order = orders.recv()
+    order, tell = orders.recv(), teller(messages)
     threading.Thread(target=_obey, args=(orders,), daemon=True).start()
     with suppress(KeyboardInterrupt), plain_notes():
-        messages.send(perform(order, messages.send, REPORT_INTERVAL))
+        tell(perform(order, tell, REPORT_INTERVAL))
 
 
 def _obey(orders):

@@ -11,7 +11,7 @@ from time import monotonic
 
 from cllm.errors import plain_notes
 from cllm.sweep.results import Result
-from cllm.sweep.worker import died, perform
+from cllm.sweep.worker import died, perform, teller
 
 __all__ = ["Processes", "blas_threads"]
 
@@ -151,11 +151,12 @@ def _work(pipe):
     # A process group of its own: Ctrl-C on a terminal reaches the sweep alone, which then asks each worker.
     os.setpgrp()
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    tell = teller(pipe)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with plain_notes():
             while True:
-                pipe.send(perform(pipe.recv(), pipe.send, REPORT_INTERVAL))
+                tell(perform(pipe.recv(), tell, REPORT_INTERVAL))
     except (EOFError, OSError, KeyboardInterrupt):
         return
 

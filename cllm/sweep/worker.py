@@ -1,6 +1,7 @@
 """What a worker does with a trial, wherever it runs: train it or go on with it, say what became of it."""
 
 import json
+import os
 import random
 import signal
 import traceback
@@ -20,7 +21,7 @@ from cllm.progress import Silent
 from cllm.sweep.plan import SweepConfig, Trial
 from cllm.sweep.results import TEST, Result, read, tested, trained
 
-__all__ = ["ERROR", "Order", "died", "note_error", "perform", "wait_until_free"]
+__all__ = ["ERROR", "Order", "died", "note_error", "perform", "teller", "wait_until_free"]
 
 ERROR = "error.txt"  # in a trial that failed: the traceback, or how its worker died
 LOCK_SECONDS = 60.0  # what a trial's former process has to let go of it: its worker was lost a moment ago
@@ -106,6 +107,21 @@ def perform(order, tell, interval):
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         seconds = monotonic() - began
         return Result(order.trial, "failed", report.done, None, f"{kind}{error}", seconds, kernels.isa)
+
+
+def teller(pipe):
+    """`pipe.send`, which ends the process at once when nobody listens any more: another one will go on.
+
+    As an exception in the midst of a step it would become the trial's result.
+    """
+
+    def tell(message):
+        try:
+            pipe.send(message)
+        except OSError:
+            os._exit(1)
+
+    return tell
 
 
 def died(order, code):
