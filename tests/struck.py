@@ -1,7 +1,7 @@
 """`cllm ...` that is struck by a signal: python tests/struck.py SIGNAL UNIT STEP PLACE WORDS ...
 
-The processing unit UNIT sends itself SIGNAL, once or, as "SIGINT,SIGINT", several times. PLACE is "step", when
-it begins the update after STEP steps, or a file of that step's checkpoint, when that is written.
+The processing unit UNIT sends itself SIGNAL, once or, as "SIGINT,SIGINT", several times. PLACE is "step",
+when it begins the update after STEP steps, or a file of that step's checkpoint, when that is written.
 """
 
 import os
