@@ -1,6 +1,7 @@
 """Runs that are stopped at the worst moments, by kills and by signals, end as one that was left alone."""
 
 import json
+import mmap
 import os
 import random
 import shutil
@@ -469,7 +470,9 @@ def test_the_soak_would_see_what_is_left_open(monkeypatch):
     def leave(config, run_dir):
         buffer = pool.empty((10**6,))
         buffer[...] = 0
-        left.append((os.open(config["data.source"], os.O_RDONLY), buffer, [[] for _ in range(1000)]))
+        pages = mmap.mmap(-1, 5 * 2**20)  # the buffer's may have been this process's before
+        pages.write(bytes(len(pages)))
+        left.append((os.open(config["data.source"], os.O_RDONLY), buffer, pages, [[] for _ in range(1000)]))
         left.append(threading.Thread(target=ended.wait))
         left[-1].start()
 

@@ -932,7 +932,7 @@ def test_a_sweep_over_a_tasks_arguments(folder, capsys):
     ]  # fmt: skip
     found = [run.series("val", "near")[1][-1] for run in records.load("s")]
     assert [float(row["val.near"]) for row in rows] == found
-    assert "with val.near" in out
+    assert "It has val.near" in out
     status, out, _ = run_cllm(capsys, "plot", "s")
     names = {Path(line).stem for line in out.split()}
     assert names == {"val.near-against-task.n", "val.near-against-optim.lr", "loss_curves", "metric_curves"}
@@ -951,7 +951,7 @@ def test_an_objective_that_no_task_records_is_told_after_the_first_trial(folder,
     assert not Path("s/trials/s003-seed0/summary.json").exists()  # the others were not run in vain
     (folder / "sweep.toml").write_text(SWEEP.format(objective="val.near"))
     status, out, err = run_cllm(capsys, "sweep", "sweep.toml", "--run.dir", "s", "--workers", "1")
-    assert status == 0 and "1 trials are finished already and kept" in out
+    assert status == 0 and "1 trial of 4 done already and kept" in out
     (folder / "sweep.toml").write_text(SWEEP.format(objective="other.near"))
     status, out, err = run_cllm(capsys, "sweep", "sweep.toml", "--run.dir", "s")  # judged anew, not trained
     assert status == 0 and "other.near" in Path("s/results.csv").read_text()
@@ -991,7 +991,7 @@ def test_a_sweep_of_a_loop(loop_file, capsys):
     text = text.replace('"task.n" = [10, 40]\n"optim.lr" = [0.01, 0.1]', '"task.rate" = [0.5, 1.0]')
     (loop_file.parent / "sweep.toml").write_text(text.replace("maximize", "minimize"))
     status, out, err = run_cllm(capsys, "sweep", "sweep.toml", "--run.dir", "s", "--workers", "2")
-    assert (status, err) == (0, "") and "Best of 2 settings: task.rate = 1.0" in out
+    assert (status, err) == (0, "") and "best of 2 settings is task.rate = 1.0" in out
 
 
 def test_an_error_in_a_users_file_shows_their_traceback(folder, capsys):
