@@ -935,7 +935,10 @@ def test_a_sweep_over_a_tasks_arguments(folder, capsys):
     assert "It has val.near" in out
     status, out, _ = run_cllm(capsys, "plot", "s")
     names = {Path(line).stem for line in out.split()}
-    assert names == {"val.near-against-task.n", "val.near-against-optim.lr", "loss_curves", "metric_curves"}
+    assert names == {
+        "val.near-against-task.n", "val.near-against-optim.lr", "val.near-over-task.n-and-optim.lr",
+        "loss_curves", "metric_curves",
+    }  # fmt: skip
 
     (folder / "my.py").write_text(MINE + "# a remark\n")
     Path("s/trials/s003-seed0/summary.json").unlink()
