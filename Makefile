@@ -34,7 +34,6 @@ robustness: $(VENV)/installed $(VENV)/extra-test
 	$(BIN)/python tests/sweep_kills.py 50
 	$(BIN)/python tests/corruptions.py 5000
 	$(BIN)/python tests/soak.py 60
-	$(BIN)/python tests/sweep_kills.py 50
 
 instructions: $(VENV)/installed
 	$(BIN)/python tests/instructions.py
