@@ -212,6 +212,23 @@ def test_a_stopped_sweep_goes_on(cluster, plan, tmp_path, name):
     assert not list(directory.rglob("error.txt"))
 
 
+def test_without_its_scheduler_a_sweep_ends_with_one_sentence_and_goes_on_here(cluster, plan, tmp_path):
+    plan = plan(2000)
+    cluster.add_worker()
+
+    class Ending(Quiet):
+        def step(self, trial, step, loss):
+            if step > 0:
+                cluster.scheduler.kill()
+
+    with pytest.raises(InputError, match=f"the scheduler {cluster.address} has gone; the same command"):
+        sweep.run(plan, tmp_path / "out", progress=Ending(), scheduler=cluster.address)
+    assert "pending" in {row["state"] for row in table(tmp_path / "out")}
+    sweep.run(plan, tmp_path / "out", workers=2, progress=Quiet())
+    sweep.run(plan, tmp_path / "local", workers=2, progress=Quiet())
+    assert table(tmp_path / "out") == table(tmp_path / "local")
+
+
 def checkpoint_steps(run_dir):
     return [int(path.name.removeprefix("step-")) for path in run_dir.glob("checkpoints/step-*")]
 

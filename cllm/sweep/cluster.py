@@ -16,6 +16,7 @@ import sys
 import threading
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ class Cluster:
         for name in ("distributed.client", "distributed.comm", "distributed.core"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what went wrong is told in one sentence
         self.address = address
-        asyncio.run(_check_answers(address))
+        with ThreadPoolExecutor(1) as aside:  # a notebook's thread has an event loop already
+            aside.submit(asyncio.run, _check_answers(address)).result()
         self.client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         isa = Counter(isas or self._isas()).most_common(1)[0][0] if same_isa else None
         held = (directory / LOCK).read_text(encoding="utf-8")
