@@ -2,7 +2,7 @@
 
 Question (Power et al. 2022): how long after the pairs that were seen do those that were not come out right?
     cllm train experiments/grokking.toml
-    cllm sweep experiments/grokking_sweep.toml
+    cllm sweep experiments/grokking_seeds.toml
 """
 
 from dataclasses import replace
@@ -45,16 +45,21 @@ def build(config, p=53, train_share=0.5, norms=True):
 
 
 class OneLayer(nn.Module):
-    """Attention, then a feed-forward layer, each added to what it read; no norms; untied."""
+    """Attention, then a feed-forward layer, each added to what it read; no norms; untied.
+
+    Weights start normal with a standard deviation of 1 / sqrt(C), those of the head 1 / sqrt(V), as in the model
+    of Nanda et al. (2023). Weights that start smaller leave decay less to undo and too little to grow from: with
+    torch's start of linear layers the rule had not come by step 3000.
+    """
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.block_size, C)
-        for table in (self.wte, self.wpe):
-            table.weight.data[...] *= C**-0.5
+        C, V = config.n_embd, config.vocab_size
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(config.block_size, C)
         self.attn, self.mlp = nn.MultiHeadAttention(config), nn.FeedForward(config)
-        self.head = nn.Linear(C, config.vocab_size, bias=False)
+        self.head = nn.Linear(C, V, bias=False)
+        for p in self.parameters():
+            nn.init.normal_(p, std=(V if p is self.head.weight else C) ** -0.5)
 
     def forward(self, tokens):
         """(B, T) -> (B, T, V)"""

@@ -873,7 +873,8 @@ def test_modular_addition_is_learnt(tmp_path, monkeypatch, capsys):
     run_dir = tmp_path / "run"
     words = [
         "--task.p", "11", "--task.train-share", "0.8", "--model.n-embd", "64", "--optim.lr", "3e-3",
-        "--train.max-steps", "250", "--train.threads", "1",
+        "--train.max-steps", "250", "--train.threads", "1", "--task.norms", "true",
+        "--model.activation", "gelu", "--optim.grad-clip", "1",
     ]  # fmt: skip
     status, out, err = run_cllm(capsys, "train", GROKKING, *words, "--run.dir", run_dir)
     assert (status, err) == (0, "")

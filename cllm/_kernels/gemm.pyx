@@ -45,7 +45,7 @@ cdef Py_ssize_t K_BYTES_PACKED = 384 * 4
 cdef Py_ssize_t M_BLOCK = 192           # rows of A that stay in L2 over all panels
 cdef enum:
     FLIP_FROM = 4                       # rows of x under which flipped tiles waste more lanes than packing takes time
-    A_PANEL = 48                        # rows of A packed side by side: a multiple of every tile's
+    A_PANEL = 12                        # rows of A packed side by side: a multiple of every tile's; 48: dW 3 % slower
     MAX_TILE = 6 * 64                   # elements in the largest tile
 cdef Py_ssize_t N_CHUNK = 4096          # columns of B packed at a time: bounds the scratch memory
 cdef Py_ssize_t OWN_BYTES = 1024 * 1024 # an operand of at most this size each thread packs for itself

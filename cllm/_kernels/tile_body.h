@@ -26,6 +26,7 @@ static inline __attribute__((always_inline)) void NAME(tile_body)(
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++)
             __builtin_prefetch(c + i * ldc + j * LANES, 1);
+#pragma GCC unroll 4 /* 1-3 % of a product */
     for (; k > 0; k--) {
         NAME(vec) bv[CLLM_NV];
 #pragma GCC unroll 8
