@@ -408,7 +408,7 @@ def _parser():
     sub.add_argument(
         "--only", metavar="GROUPS",
         help="with commas between: ceilings, step, gemm, attention, gelu, ffn, optimizer, loss, norm, "
-        "import, memory, growth (all)",
+        "import, memory, sweep, growth (all)",
     )  # fmt: skip
     sub.add_argument("--sizes", metavar="NAMES", help="tiny, char, baby, story, gpt2, likewise (all)")
     sub.add_argument("--threads", type=_whole(1), metavar="N", help="threads of all sides (steps: 1 and all)")
@@ -509,6 +509,8 @@ def _sweep(options):
     directory = options.overrides.pop("run.dir", None) or Path("runs", Path(options.file).stem)
     plan = sweep.Sweep.load(options.file, options.overrides)
     if options.dry_run:
+        if options.scheduler:
+            raise InputError("--dry-run estimates for this machine alone: leave out --scheduler")
         print("\n".join(sweep.forecast(plan, Path(directory), options.workers)))
         return 0
     try:

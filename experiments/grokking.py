@@ -47,9 +47,8 @@ def build(config, p=53, train_share=0.5, norms=True):
 class OneLayer(nn.Module):
     """Attention, then a feed-forward layer, each added to what it read; no norms; untied.
 
-    Weights start normal with a standard deviation of 1 / sqrt(C), those of the head 1 / sqrt(V), as in the model
-    of Nanda et al. (2023). Weights that start smaller leave decay less to undo and too little to grow from: with
-    torch's start of linear layers the rule had not come by step 3000.
+    Weights start normal with a standard deviation of 1 / sqrt(C), those of the head 1 / sqrt(V), as in the
+    model of Nanda et al. (2023). With torch's start of linear layers the rule had not come by step 3000.
     """
 
     def __init__(self, config):

@@ -4,8 +4,8 @@
     python plots/experiments.py scaling         # one
     python plots/experiments.py --from runs     # first make tables of the sweeps runs/NAME that are there
 
-A table has a line for each evaluation of each trial: its setting and seed, what the sweep varied, how the trial
-ended, its number of parameters, the step, and what was measured.
+A table has a line for each evaluation of each trial: its setting and seed, what the sweep varied, how the
+trial ended, its number of parameters, the step, and what was measured.
 """
 
 import argparse
@@ -53,7 +53,8 @@ class Kept(records.Run):
                 if row[column]:
                     split, _, metric = column.partition(".")
                     by_split[split][metric] = json.loads(row[column])
-            self.records += [{"step": int(row["step"]), "split": split, **found} for split, found in by_split.items()]
+            step = int(row["step"])
+            self.records += [{"step": step, "split": split, **found} for split, found in by_split.items()]
 
     def first(self, split, key):
         return next((one[key] for one in self.records if one["split"] == split and key in one), None)

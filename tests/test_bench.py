@@ -9,7 +9,7 @@ import pytest
 
 from cllm import bench, cli
 from cllm._kernels import ceilings as ceiling_kernels
-from cllm.bench import ceilings, figures, kernels, process, records, steps, table, timing
+from cllm.bench import ceilings, figures, kernels, process, records, steps, sweeps, table, timing
 from cllm.errors import InputError
 
 QUICK = timing.Effort(rounds=2, block_seconds=1e-4)
@@ -190,6 +190,31 @@ def test_a_case_without_memory_is_left_out(monkeypatch):
     assert rows == []
     assert len(said) == 9
     assert "needs" in said[0]
+
+
+@pytest.mark.parametrize("beside_torch", [False, True])
+def test_a_sweep_beside_processes_of_torch(beside_torch, monkeypatch):
+    """Made small: every row is there, its numbers are possible, and both sides learn alike."""
+    torch = pytest.importorskip("torch") if beside_torch else None
+    small = {"RATES": (1e-3, 2e-3), "SEEDS": (0,), "STEPS": 25, "MANY": 6, "STARTS": 1, "TEXT_BYTES": 50_000}
+    for name, value in small.items():
+        monkeypatch.setattr(sweeps, name, value)
+    said = []
+    rows = {row["case"]: row for row in sweeps.rows(torch, said.append)}
+    grid, memory, busy, own = list(rows.values())[:4]
+    assert set(grid["samples"]) == set(memory["samples"]) == ({"CLLM", "torch"} if torch else {"CLLM"})
+    assert all(20 < mb < 3000 for (mb,) in memory["samples"].values())
+    assert 0 < own["samples"]["CLLM"][0] < busy["samples"]["CLLM"][0] <= 1
+    assert rows["a worker's first step"]["samples"]["CLLM"][0] > 0.01
+    assert {"status of 6 trials", "report of 6 trials"} < set(rows)
+    if torch:
+        ours, theirs = map(float, re.search(r"CLLM (\S+), torch (\S+)$", said[0]).groups())
+        assert abs(ours - theirs) < 0.2 and ours < 4.2  # it starts at log(97) = 4.57
+
+
+def test_a_process_that_is_watched_and_fails_is_one_sentence():
+    with pytest.raises(InputError, match="a process that is measured ended with 3: no"):
+        sweeps._watched([[sys.executable, "-c", "print('no'); raise SystemExit(3)"]], 1)
 
 
 # The command -----------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -196,3 +198,41 @@ def test_the_command_writes_the_file_and_says_where(tmp_path, capsys):
         f"cllm: no such sweep: {tmp_path / 'nowhere'}",
         f"cllm: {directory / 'trials' / 's000-seed0'} holds no sweep (sweep.toml)",
     ]
+
+
+CHROMIUM = shutil.which("chromium")
+# What a reader would do, and what became of it as the page's title.
+CLICKS = """<script>
+const table = [...document.querySelectorAll("table")].pop();
+const button = table.querySelector("th button");
+const first = () => table.tBodies[0].rows[0].cells[0].textContent;
+button.click(); const up = first();
+button.click(); const down = first();
+const wide = document.documentElement.scrollWidth - innerWidth;
+const svg = [...document.querySelectorAll("svg")].every(one => one.getBoundingClientRect().width > 100);
+const ground = getComputedStyle(document.body).backgroundColor;
+document.title = JSON.stringify({up, down, wide, svg, ground});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_shows_and_sorts_it(tmp_path):
+    """In headless Chromium: figures have a size, nothing is wider than the window, headers sort, no errors."""
+    write_sweep(tmp_path / "s")
+    page = report.page(tmp_path / "s")
+    grounds = set()
+    for scheme in ("0", "1"):  # dark, light
+        (tmp_path / "page.html").write_text(page.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
+        words = [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            "--window-size=1000,800", f"--user-data-dir={tmp_path / 'profile'}",
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--dump-dom", (tmp_path / "page.html").as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0
+        assert "CONSOLE" not in done.stderr
+        found = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1].replace("&amp;", "&"))
+        assert found["up"] != found["down"] and found["svg"] and found["wide"] <= 0
+        grounds.add(found["ground"])
+    assert len(grounds) == 2

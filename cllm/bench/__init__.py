@@ -27,7 +27,7 @@ SIZED = ("step", "gemm", "memory")  # groups with a row for each size
 SECONDS = {
     "ceilings": (4, 4), "step": (60, 150), "gemm": (35, 60), "attention": (30, 50), "gelu": (4, 5),
     "ffn": (6, 12), "optimizer": (12, 30), "loss": (12, 35), "norm": (3, 4), "import": (3, 15),
-    "memory": (45, 90), "growth": (20, 20),
+    "memory": (45, 90), "sweep": (300, 600), "growth": (20, 20),
 }  # fmt: skip
 COMPILE_SECONDS = 25  # of a size with a number of threads, the first time
 
@@ -109,6 +109,7 @@ def run(
         "step": lambda: _steps(sizes, several, torch, long, compile, shown.note),
         "import": lambda: _process().import_rows(torch, few),
         "memory": lambda: _memory(sizes, every, torch, quick),
+        "sweep": lambda: _sweeps(torch, quick, shown.note),
         "growth": lambda: steps.growth(every, few),
     }
     rows = []
@@ -196,6 +197,12 @@ def _memory(sizes, threads, torch, quick):
     if not quick:
         yield from _process().head_rows(threads)
         yield from _process().attention_rows(threads)
+
+
+def _sweeps(torch, quick, say):
+    from cllm.bench import sweeps
+
+    return () if quick else sweeps.rows(torch, say)
 
 
 def _finish(rows, out, shown):

@@ -87,46 +87,13 @@ def our_step(shape):
 def torch_step(torch, shape):
     """The same of torch: a function, and one that makes the same step by torch.compile, compiled when it is
     first called; and the number of parameters."""
-    from torch.nn import functional as F
+    from cllm.bench import torch_gpt
 
-    L, H, C, T, _, V = shape
-
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ln_1, self.ln_2 = torch.nn.LayerNorm(C), torch.nn.LayerNorm(C)
-            self.c_attn, self.attn_proj = torch.nn.Linear(C, 3 * C), torch.nn.Linear(C, C)
-            self.c_fc, self.mlp_proj = torch.nn.Linear(C, 4 * C), torch.nn.Linear(4 * C, C)
-
-        def forward(self, x):
-            B, T, _ = x.shape
-            q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
-            q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
-            return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
-
-    class TorchGPT(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wte, self.wpe = torch.nn.Embedding(V, C), torch.nn.Embedding(T, C)
-            self.blocks = torch.nn.ModuleList(Block() for _ in range(L))
-            self.ln_f = torch.nn.LayerNorm(C)
-
-        def forward(self, tokens, targets):
-            x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-            for block in self.blocks:
-                x = block(x)
-            logits = F.linear(self.ln_f(x), self.wte.weight)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
+    n_layer, n_head, n_embd, block_size, _, vocab_size = shape
     torch.manual_seed(0)
-    model = TorchGPT()
-    for parameter in model.parameters():  # GPT-2's scale: the time of a step must not come from odd values
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = torch_gpt.GPT(n_layer, n_head, n_embd, block_size, vocab_size)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch_gpt.adamw(parameters)
     tokens, targets = map(torch.from_numpy, _batch(shape))
 
     def step(forward=model):

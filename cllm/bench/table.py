@@ -22,6 +22,7 @@ GROUPS = {
     "norm": "norms, rows x C, forward + backward",
     "import": "the first import in a process: CLLM with its GPT, and torch",
     "memory": "memory beyond the import and 16 bytes a parameter; faults of a step after warm-up",
+    "sweep": "sweeps, start-up included: beside processes of torch, one a trial, as many at once",
     "growth": "time a token of a GPT of L2 C128 T64 V256 as one of them grows",
 }
 WIDE = 112  # columns from which the achieved speed is shown as well
