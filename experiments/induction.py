@@ -1,8 +1,9 @@
-"""Repeated sequences of random tokens, which only attention that copies can foresee: induction heads.
+"""Repeating sequences of random tokens, which only attention that copies can foresee: induction heads.
 
-A sequence of random tokens comes twice. In the first half every next token is a guess; in the second, a head
-that finds the place where the present token stood before, and copies what followed, knows it. That takes
-two layers: one that tells each place what stood before it, and one that looks for it (Olsson et al. 2022).
+Some random tokens, all different, come again and again; how many they are differs from sequence to sequence, so
+that no position tells what comes next. The first time every next token is a guess; afterwards a head that finds
+the place where the present token stood before, and copies what followed, knows it. That takes two layers: one
+that tells each place what stood before it, and one that looks for it (Olsson et al. 2022).
     cllm sweep experiments/induction.toml
 """
 
@@ -12,9 +13,9 @@ import cllm
 from cllm import nn
 
 
-def build(config, n_tokens=32, length=24, n_layer=2):
-    """The task: attention without feed-forward layers and norms; the second half of a sequence counts."""
-    shape = cllm.GPTConfig(**{**vars(config.model), "vocab_size": n_tokens, "block_size": 2 * length})
+def build(config, n_tokens=32, length=48, n_layer=2):
+    """The task: attention without feed-forward layers and norms; what has come before counts."""
+    shape = cllm.GPTConfig(**{**vars(config.model), "vocab_size": n_tokens, "block_size": length})
     return cllm.Task(
         model=AttentionOnly(shape, n_layer),
         train=Repeats(20_000, n_tokens, length, seed=config.train.seed),
@@ -44,21 +45,21 @@ class AttentionOnly(nn.Module):
 
 
 class Repeats:
-    """Sequences of random tokens, each twice; example i is a pure function of (seed, i)."""
+    """Sequences that repeat after an eighth to a half of their length; a pure function of the seed."""
 
     def __init__(self, n, n_tokens, length, seed):
-        self.half = np.random.default_rng(seed).integers(n_tokens, size=(n, length))
+        rng = np.random.default_rng(seed)
+        self.period = rng.integers(length // 8, length // 2 + 1, size=(n, 1))
+        order = rng.permuted(np.tile(np.arange(n_tokens), (n, 1)), axis=1)
+        self.tokens = np.take_along_axis(order, np.arange(length + 1) % self.period, axis=1)
 
     def __len__(self):
-        return len(self.half)
+        return len(self.tokens)
 
     def __getitem__(self, indices):
-        half = self.half[indices]
-        twice = np.concatenate([half, half], axis=1)
-        inputs, targets = twice[:, :-1], twice[:, 1:]
-        mask = np.zeros(targets.shape, bool)
-        mask[:, half.shape[1] :] = True  # the first repeated token's successor, and all after it
-        return cllm.Batch(inputs, targets, mask)
+        tokens = self.tokens[indices]
+        mask = np.arange(tokens.shape[1] - 1) >= self.period[indices]  # the present token has come before
+        return cllm.Batch(tokens[:, :-1], tokens[:, 1:], mask)
 
 
 def accuracy(outputs, batch):

@@ -1,16 +1,17 @@
-"""The experiments' figures, each from its records alone: plots/gallery/NAME.png and .svg.
+"""The experiments' figures, each from its records alone: plots/gallery/experiments/NAME.png and .svg.
 
     python plots/experiments.py                 # all, from the tables in experiments/results
     python plots/experiments.py scaling         # one
     python plots/experiments.py --from runs     # first make tables of the sweeps runs/NAME that are there
 
 A table has a line for each evaluation of each trial: its setting and seed, what the sweep varied, how the
-trial ended, its number of parameters, the step, and what was measured.
+trial ended, whether it was of the search or confirms it, its parameters, the step, and what was measured.
 """
 
 import argparse
 import csv
 import json
+import tomllib
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,27 @@ from pathlib import Path
 from cllm import figures, records
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES, GALLERY = ROOT / "experiments" / "results", ROOT / "plots" / "gallery"
+TABLES, GALLERY = ROOT / "experiments" / "results", ROOT / "plots" / "gallery" / "experiments"
 
 against = figures.against
 curves = partial(figures.metric_curves, metrics=["accuracy"])
+
+
+def in_words(run, name):
+    """The run with one key for the last that its setting has: those of several blocks have not the same."""
+    *_, (key, value) = ((key, value) for key, value in run.config.items() if key != "train.seed")
+    word = value if isinstance(value, str) else f"{key.rpartition('.')[2]} = {value}"
+    run.config = {name: word, "train.seed": run.config["train.seed"]}
+    return run
+
+
 FIGURES = {
     "optimizers": partial(figures.contenders, key="optim.name"),
     "lr_sensitivity": figures.sensitivity,
     "schedules": partial(against, x="optim.lr"),
     "batch_size": partial(against, x="optim.lr"),
     "depth_width": partial(against, x="model.n_layer,model.n_embd"),
-    "attention": partial(against, x="model.position,model.n_head,model.n_kv_head"),
+    "attention": lambda runs: against([in_words(run, "attention") for run in runs], "attention"),
     "activations": partial(against, x="model.activation"),
     "grokking": curves,
     "induction": curves,
@@ -72,13 +83,15 @@ def _value(cell):
 
 
 def keep(sweep, path):
-    """Write the table of a sweep's directory; of its trials without fresh seeds."""
+    """Write the table of a sweep's directory."""
     with open(sweep / "results.csv", newline="", encoding="utf-8") as file:
         trials = list(csv.DictReader(file))
     columns = list(trials[0])
     keys = columns[2 : columns.index("state")]
+    chosen_on = tomllib.loads((sweep / "sweep.toml").read_text(encoding="utf-8"))["sweep"]["seeds"]
     rows = []
     for trial in trials:
+        fresh = int(trial["seed"]) not in chosen_on
         run = records.Run(sweep / "trials" / f"s{int(trial['setting']):03d}-seed{trial['seed']}")
         evaluated = defaultdict(dict)
         for record in run.records:
@@ -86,6 +99,7 @@ def keep(sweep, path):
                 if metric in record and (record["split"] != "train" or not evaluated):
                     evaluated[record["step"]][f"{record['split']}.{metric}"] = json.dumps(record[metric])
         fixed = {key: trial[key] for key in ("setting", "seed", *keys, "state")}
+        fixed["stage"] = "confirm" if fresh else "search"
         fixed["parameters"] = run.summary.get("parameters", 0)
         rows += [{**fixed, "step": step, **values} for step, values in evaluated.items()]
     path.parent.mkdir(exist_ok=True)
@@ -96,21 +110,24 @@ def keep(sweep, path):
 
 
 def kept(path):
-    """The trials of a table."""
+    """The trials of a table but those with fresh seeds, which only some settings have."""
     with open(path, newline="", encoding="utf-8") as file:
         of_trial = defaultdict(list)
         for row in csv.DictReader(file):
-            of_trial[row["setting"], row["seed"]].append(row)
+            if row["stage"] == "search":
+                of_trial[row["setting"], row["seed"]].append(row)
     return [Kept(f"{path.stem}-{setting}-{seed}", rows) for (setting, seed), rows in of_trial.items()]
 
 
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("names", nargs="*", choices=FIGURES, default=list(FIGURES), metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--from", dest="sweeps", type=Path, help="the folder of the sweeps, such as runs")
     options = parser.parse_args()
-    for name in options.names:
+    if unknown := set(options.names) - set(FIGURES):
+        parser.error(f"no experiment is called {', '.join(unknown)}; there are {', '.join(FIGURES)}")
+    for name in options.names or FIGURES:
         table = TABLES / f"{name}.csv"
         if options.sweeps and (options.sweeps / name / "results.csv").is_file():
             keep(options.sweeps / name, table)

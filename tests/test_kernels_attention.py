@@ -123,6 +123,48 @@ def test_sizes_over_several_blocks(shape, options, dtype):
     assert_as_reference(results, reference_passes(*arrays, **options), arrays[3], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "-inf", "dropout"])
+def test_keys_over_several_chunks(kind, dtype):
+    """The forward pass takes 1024 keys at a time: what it has so far is corrected to a maximum that comes later."""
+    T, S = 70, 2300
+    q, k, v, dout = problem(1, 2, T, S, 16, dtype, E=33)
+    k = k * np.where(np.arange(S) < 1100, 0.5, 3)[:, None].astype(dtype)
+    k[0, 1] = k[0, 1, ::-1]  # and of one head that comes first
+    options = {"is_causal": kind == "causal"}
+    if kind == "causal":
+        options["offsets"] = np.array([S - T])
+    elif kind == "dropout":
+        options |= {"dropout_p": 0.3, "key": 11}
+    elif kind != "plain":
+        options["mask"] = make_mask(kind, (T, S), dtype, 5)
+        options["mask"][:5, :1500] = options["mask"][5:9, 900:] = False if kind == "bool" else -np.inf
+        options["mask"][9] = False if kind == "bool" else -np.inf
+    arrays = (q, k, v, dout)
+    results = with_threads(1, lambda: both_passes(*arrays, **options))
+    assert same_bits(with_threads(2, lambda: both_passes(*arrays, **options)), results)
+    assert_as_reference(results, reference_passes(*arrays, **options), dout, dtype)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_in_a_later_chunk(bad):
+    """A value there reaches the queries that see it alone, a key makes them NaN."""
+    T, S = 30, 2100
+    q, k, v, _ = problem(1, 1, T, S, 8, np.float32)
+    for array in (k, v):
+        spoilt = array.copy()
+        spoilt[0, 0, S - 10, 3] = bad
+        given = (spoilt, v) if array is k else (k, spoilt)
+        options = {"is_causal": True, "offsets": np.array([S - T])}
+        out, lse = kernels.attention_forward(q, *given, **options)
+        with np.errstate(all="ignore"):
+            wanted, wanted_lse = reference.attention_forward(q, *given, **options)
+        assert np.array_equal(np.isfinite(out), np.isfinite(wanted))
+        assert np.array_equal(np.isfinite(lse), np.isfinite(wanted_lse))
+        seen = np.isfinite(out[0, 0, T - 10 :, 3])  # an infinite key may have a score of -infinity
+        assert np.isfinite(out[0, 0, : T - 10]).all() and not (seen.all() if array is k else seen.any())
+
+
 def band(T, S, width):
     """Query i sees the keys from i - width to i + width."""
     return abs(np.arange(T)[:, None] - np.arange(S)) <= width

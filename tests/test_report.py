@@ -217,7 +217,7 @@ document.title = JSON.stringify({up, down, wide, svg, ground});
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_and_sorts_it(tmp_path):
-    """In headless Chromium: figures have a size, nothing is wider than the window, headers sort, no errors."""
+    """In headless Chromium: figures have a size, nothing is too wide, headers sort, no errors."""
     write_sweep(tmp_path / "s")
     page = report.page(tmp_path / "s")
     grounds = set()

@@ -26,20 +26,16 @@ static inline vec_f64 exp_below_f64(vec_f64 x)
 #define REAL float
 #define INT int32_t
 #define SUFFIX f32
-#define LOG logf
 #include "attention_body.h"
 #undef REAL
 #undef INT
 #undef SUFFIX
-#undef LOG
 
 #define REAL double
 #define INT int64_t
 #define SUFFIX f64
-#define LOG log
 #include "attention_body.h"
 #undef REAL
 #undef INT
 #undef SUFFIX
-#undef LOG
 #endif

@@ -1,8 +1,9 @@
 """Multi-head scaled dot-product attention that never stores the T x S matrix.
 
-Threads own key/value heads, each with the query heads that share it (Ainslie et al. 2023, "GQA"). Forward: a
-block of rows of S = scale Q K^T, over all keys that the rows see, fits the L2 cache, so that softmax takes
-two plain passes over it (no running maximum to correct), then O = P V. Only the rows' log-sum-exp is kept.
+Threads own key/value heads, each with the query heads that share it (Ainslie et al. 2023, "GQA"). Forward: the
+scores S = scale Q K^T of some rows and CHUNK keys fit the L2 cache with those keys and values; softmax takes two
+plain passes over them, then O = P V. Further chunks correct what the rows have so far to the new maximum
+(Milakov & Gimelshein 2018). Only the rows' log-sum-exp is kept.
 Backward computes P again from it, in blocks of ROWS queries by KEYS keys (Dao et al. 2022, "FlashAttention",
 algorithm 4): with D_i = dO_i . O_i,
 
@@ -19,7 +20,7 @@ the packed operands of these products. What it gives is added afterwards, to tho
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange, threadid
-from libc.math cimport ceil
+from libc.math cimport ceil, exp, log, logf
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -33,8 +34,8 @@ cdef extern from "scratch.h" nogil:
     void* cllm_scratch(size_t n_bytes)
 
 cdef extern from "attention.h" nogil:
-    float cllm_softmax_row_f32(float* s, Py_ssize_t n, Py_ssize_t end, float* lse)
-    double cllm_softmax_row_f64(double* s, Py_ssize_t n, Py_ssize_t end, double* lse)
+    float cllm_softmax_row_f32(float* s, Py_ssize_t n, Py_ssize_t end, float* max)
+    double cllm_softmax_row_f64(double* s, Py_ssize_t n, Py_ssize_t end, double* max)
     void cllm_score_gradients_f32(float* p, float* s, Py_ssize_t n, Py_ssize_t end, float lse, float delta)
     void cllm_score_gradients_f64(double* p, double* s, Py_ssize_t n, Py_ssize_t end, double lse, double delta)
     bint cllm_pack_finite_f32(const float* x, Py_ssize_t ld, Py_ssize_t T, Py_ssize_t D, Py_ssize_t width,
@@ -51,10 +52,10 @@ cdef extern from "math.h" nogil:
 
 cdef enum:
     KEYS = 64                   # keys in a block of the backward pass: a multiple of every tile's width
+    CHUNK = 1024                # keys of the forward pass at a time: a multiple of KEYS
     PAD = 16                    # row padding of score blocks: no rows 4 KB apart, room for whole lanes
 
-cdef Py_ssize_t ROWS = 16 * MR              # queries in a block
-cdef Py_ssize_t SCORE_BYTES = 256 * 1024    # of a forward block of scores: a quarter of L2
+cdef Py_ssize_t ROWS = 8 * MR               # queries in a block: of 16 the backward pass takes 8 % longer at T = 8192
 # Multiply-adds of all heads from which a second thread pays (benchmarks/thresholds.py): 131072 forward 14 -> 12 us,
 # backward 22 -> 18.
 cdef double SERIAL_BELOW = 131072
@@ -82,12 +83,12 @@ cdef bint all_finite(const floating* x, Py_ssize_t stride, Py_ssize_t T, Py_ssiz
     return lanes_total(lane) == 0
 
 
-cdef inline floating softmax_row(floating* s, Py_ssize_t n, Py_ssize_t end, floating* lse) noexcept nogil:
-    """s[:n] = exp(s - max), s[n:end] = 0.  Writes the log-sum-exp and returns 1 / sum."""
+cdef inline floating softmax_row(floating* s, Py_ssize_t n, Py_ssize_t end, floating* top) noexcept nogil:
+    """s[:n] = exp(s - max), s[n:end] = 0.  Writes max and returns the sum."""
     if floating is float:
-        return cllm_softmax_row_f32(s, n, end, lse)
+        return cllm_softmax_row_f32(s, n, end, top)
     else:
-        return cllm_softmax_row_f64(s, n, end, lse)
+        return cllm_softmax_row_f64(s, n, end, top)
 
 
 cdef void drop_row(floating* s, Py_ssize_t n, const Shape* shape, uint64_t index) noexcept nogil:
@@ -248,17 +249,35 @@ cdef void add_scaled(floating* y, floating factor, const floating* x, Py_ssize_t
 # Forward ---------------------------------------------------------------------------------------------
 
 
-cdef Py_ssize_t forward_rows(const Shape* shape, Py_ssize_t item_size) noexcept nogil:
-    """Queries in a block, so that its scores fill SCORE_BYTES at most."""
-    cdef Py_ssize_t row = (round_up(shape.Tk, KEYS) + PAD) * item_size
-    return max(MR, min(ROWS, SCORE_BYTES // row // MR * MR))
+cdef inline floating logarithm(floating x) noexcept nogil:
+    return logf(x) if floating is float else log(x)
+
+
+cdef inline void merge(floating highest, floating sum_, floating* top, floating* total, floating* before,
+                       floating* now) noexcept nogil:
+    """Add a chunk, its maximum and its sum, to those of a row; before and now are the factors that it takes."""
+    before[0] = now[0] = 1
+    if total[0] == 0:                       # the first one
+        top[0] = highest
+    elif highest > top[0]:
+        before[0] = <floating>exp(top[0] - highest)
+        top[0] = highest
+    else:
+        now[0] = <floating>exp(highest - top[0])
+    total[0] = total[0] * before[0] + sum_ * now[0]
+
+
+
+cdef Py_ssize_t score_columns(const Shape* shape) noexcept nogil:
+    """Scores in a row of a forward block, padding included."""
+    return round_up(min(shape.Tk, <Py_ssize_t>CHUNK), KEYS) + PAD
 
 
 cdef Py_ssize_t forward_scratch(const Shape* shape, Py_ssize_t item_size) noexcept nogil:
-    """Elements of scratch that a head's forward pass needs: K^T, V and the scores of a block."""
-    cdef Py_ssize_t Tk = round_up(shape.Tk, KEYS), vector = VBYTES // item_size
-    return round_up(Tk * (round_up(shape.D, vector) + round_up(shape.E, vector))
-                    + forward_rows(shape, item_size) * (Tk + PAD) + ROWS, 16)
+    """Elements of scratch that a head's forward pass needs: K^T, V, the scores of a block, and for its rows the
+    maximum, the sum, two factors, and what a tile's rows add to the output."""
+    cdef Py_ssize_t Tk = round_up(shape.Tk, KEYS), vector = VBYTES // item_size, Ep = round_up(shape.E, vector)
+    return round_up(Tk * (round_up(shape.D, vector) + Ep) + ROWS * (score_columns(shape) + 4) + MR * Ep, 16)
 
 
 cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* KT, const floating* v, Py_ssize_t vt,
@@ -271,56 +290,79 @@ cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* KT, con
     """
     cdef Py_ssize_t Tq = shape.Tq, D = shape.D, E = shape.E, offset = offset_of(shape, b)
     cdef Py_ssize_t W = panel_width(sizeof(floating)), vector = VBYTES // <Py_ssize_t>sizeof(floating)
-    cdef Py_ssize_t Ep = round_up(E, vector), ld = round_up(shape.Tk, KEYS) + PAD
-    cdef Py_ssize_t rows = forward_rows(shape, sizeof(floating))
-    cdef floating* inverse = S + rows * ld
+    cdef Py_ssize_t Ep = round_up(E, vector), ld = score_columns(shape)
+    cdef floating* top = S + ROWS * ld      # of each row so far: the maximum
+    cdef floating* total = top + ROWS       # and the sum of exp(score - maximum)
+    cdef floating* before = total + ROWS    # a chunk's factors: of the output so far,
+    cdef floating* now = before + ROWS      # and of what it adds
+    cdef floating* part = now + ROWS
     cdef floating* s
+    cdef floating highest, sum_, inverse
     cdef bint biased = shape.mask is not NULL or shape.slopes is not NULL
-    cdef Py_ssize_t i0, i1, j0, g, i, j, c, n, mr, first, seen, left
-    for i0 from 0 <= i0 < Tq by rows:
-        i1 = min(i0 + rows, Tq)
-        first = 0
+    cdef Py_ssize_t i0, i1, j0, j1, g, i, j, c, n, mr, first, seen, left, start
+    for i0 from 0 <= i0 < Tq by ROWS:
+        i1 = min(i0 + ROWS, Tq)
+        start = 0
         seen = keys_seen(shape, offset, i1 - 1, Tk)
         if shape.mask is not NULL:
-            mask_range(shape, b, h, i0, i1, &first, &seen)
-        for j0 from first <= j0 < seen by W:
+            mask_range(shape, b, h, i0, i1, &start, &seen)
+        for i in range(i1 - i0):
+            top[i] = -INFINITY
+            total[i] = 0
+        first = start
+        while True:
+            j1 = min(first + CHUNK, seen)
+            for j0 from first <= j0 < j1 by W:
+                for g from i0 <= g < i1 by MR:
+                    mr = min(MR, i1 - g)
+                    n = min(W, keys_seen(shape, offset, g + mr - 1, j1) - j0)
+                    if n > 0:       # whole vectors: stores of a part would go element by element
+                        tile(mr, round_up(n, vector), D, q + g * qt, qt, 1, KT + j0 * D, W,
+                             S + (g - i0) * ld + j0 - first, ld, <const floating*>NULL, 0, <const floating*>NULL)
+            for i in range(i0, i1):
+                s = S + (i - i0) * ld
+                n = left = max(keys_seen(shape, offset, i, j1) - first, 0)
+                if biased:
+                    add_bias(s, n, shape, b, h, i, first)
+                    if shape.mask is not NULL:
+                        left = exclude(s, n, shape, b, h, i, first, <floating>-INFINITY)
+                if left > 0:
+                    sum_ = softmax_row(s, n, min(n + MR, ld), &highest)
+                    merge(highest, sum_, top + i - i0, total + i - i0, before + i - i0, now + i - i0)
+                    if shape.keep_scale != 1:
+                        drop_row(s, n, shape, <uint64_t>((b * shape.H + h) * Tq + i) * shape.Tk + first)
+                else:
+                    memset(s, 0, min(n + MR, ld) * sizeof(floating))
+                    before[i - i0] = 1
+                    now[i - i0] = 0
             for g from i0 <= g < i1 by MR:
                 mr = min(MR, i1 - g)
-                n = min(W, keys_seen(shape, offset, g + mr - 1, seen) - j0)
-                if n > 0:       # whole vectors: stores of a part would go element by element
-                    tile(mr, round_up(n, vector), D, q + g * qt, qt, 1, KT + j0 * D, W, S + (g - i0) * ld + j0, ld,
+                s = S + (g - i0) * ld
+                n = max(keys_seen(shape, offset, g + mr - 1, j1) - first, 0)
+                for c from 0 <= c < E by W:
+                    tile(mr, round_up(min(W, E - c), vector), n, s, ld, 1, V + first * Ep + c, Ep, part + c, Ep,
                          <const floating*>NULL, 0, <const floating*>NULL)
+                if not finite:
+                    for j in range(first, first + n):
+                        if not all_finite(v + j * vt, 0, 1, E):
+                            for i in range(g, g + mr):
+                                if visible(shape, b, h, i, j):
+                                    add_scaled(part + (i - g) * Ep, S[(i - i0) * ld + j - first], v + j * vt, E)
+                for i in range(g, g + mr):
+                    if first == start:
+                        for c in range(E):
+                            out[i * ot + c] = part[(i - g) * Ep + c]
+                    elif now[i - i0] != 0 or before[i - i0] != 1:
+                        for c in range(E):
+                            out[i * ot + c] = out[i * ot + c] * before[i - i0] + part[(i - g) * Ep + c] * now[i - i0]
+            first = first + CHUNK
+            if first >= seen:
+                break
         for i in range(i0, i1):
-            s = S + (i - i0) * ld + first
-            n = left = max(keys_seen(shape, offset, i, seen) - first, 0)
-            if biased:
-                add_bias(s, n, shape, b, h, i, first)
-                if shape.mask is not NULL:
-                    left = exclude(s, n, shape, b, h, i, first, <floating>-INFINITY)
-            if left > 0:
-                inverse[i - i0] = softmax_row(s, n, min(n + MR, ld - first), lse + i)
-                if shape.keep_scale != 1:
-                    drop_row(s, n, shape, <uint64_t>((b * shape.H + h) * Tq + i) * shape.Tk + first)
-            else:
-                memset(s, 0, min(n + MR, ld - first) * sizeof(floating))
-                inverse[i - i0] = 0
-                lse[i] = -INFINITY
-        for g from i0 <= g < i1 by MR:
-            mr = min(MR, i1 - g)
-            s = S + (g - i0) * ld + first
-            n = keys_seen(shape, offset, g + mr - 1, seen) - first
-            for c from 0 <= c < E by W:
-                tile(mr, min(W, E - c), n, s, ld, 1, V + first * Ep + c, Ep, out + g * ot + c, ot,
-                     <const floating*>NULL, 0, <const floating*>NULL)
-            if not finite:
-                for j in range(first, first + n):
-                    if not all_finite(v + j * vt, 0, 1, E):
-                        for i in range(g, g + mr):
-                            if visible(shape, b, h, i, j):
-                                add_scaled(out + i * ot, S[(i - i0) * ld + j], v + j * vt, E)
-            for i in range(g, g + mr):
-                for c in range(E):
-                    out[i * ot + c] *= inverse[i - i0]
+            inverse = 1 / total[i - i0] if total[i - i0] != 0 else <floating>0
+            lse[i] = top[i - i0] + logarithm(total[i - i0])
+            for c in range(E):
+                out[i * ot + c] *= inverse
 
 
 cdef void forward_group(const floating* q, Strides qs, const floating* k, Strides ks, const floating* v,

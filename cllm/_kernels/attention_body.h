@@ -31,9 +31,9 @@ static inline REAL NAME(lanes_largest)(const NAME(vec) *v)
     return lane[0];
 }
 
-/* s[:n] = exp(s - max), s[n:end] = 0.  Writes the log-sum-exp and returns 1 / sum.  n >= 1.
+/* s[:n] = exp(s - max), s[n:end] = 0.  Writes max and returns the sum.  n >= 1.
  * s has room for n rounded up to whole lanes. */
-static inline REAL NAME(cllm_softmax_row)(REAL *s, ptrdiff_t n, ptrdiff_t end, REAL *lse)
+static inline REAL NAME(cllm_softmax_row)(REAL *s, ptrdiff_t n, ptrdiff_t end, REAL *max)
 {
     const ptrdiff_t whole = (n + CLLM_LANES - 1) / CLLM_LANES * CLLM_LANES;
     NAME(vec) top[CLLM_LANES / WIDTH], total[CLLM_LANES / WIDTH];
@@ -61,9 +61,8 @@ static inline REAL NAME(cllm_softmax_row)(REAL *s, ptrdiff_t n, ptrdiff_t end, R
         }
     for (ptrdiff_t j = whole; j < end; j++)
         s[j] = 0;
-    const REAL sum = NAME(lanes_total)(total, s, 0);
-    *lse = largest + LOG(sum);
-    return 1 / sum;
+    *max = largest;
+    return NAME(lanes_total)(total, s, 0);
 }
 
 /* p[:n] = exp(p - lse), s[:n] = p (s - delta): scores to probabilities and dP to dS; zeros from n to end.

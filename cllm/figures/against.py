@@ -183,7 +183,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     axes.set_title("\n".join(textwrap.wrap(title, 72)), loc="left")
     add_legend(figure, legend, "outside lower center", 76)
     if not numeric or len(ticks) <= 8:
-        ticks_at(axes, list(places.values()), [_together_text(value) for value in ticks])
+        labels = [_together_text(value) for value in ticks]
+        ticks_at(axes, list(places.values()), labels, words=not numeric)
     return figure
 
 

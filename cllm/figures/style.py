@@ -87,14 +87,21 @@ def plain_log_ticks(axis):
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def ticks_at(axes, places, labels):
-    """Ticks on the x axis at these places alone; without labels where there is no room for one."""
+def ticks_at(axes, places, labels, words=False):
+    """Ticks on the x axis at these places alone, without labels where there is no room for one.
+
+    words: that cannot be guessed from the others are turned instead.
+    """
     axes.set_xticks(places, labels)
     axes.set_xticks([], minor=True)
     axes.figure.draw_without_rendering()
     right = -math.inf
     for label in sorted(axes.get_xticklabels(), key=lambda label: label.get_window_extent().x0):
         box = label.get_window_extent()
+        if box.x0 <= right and words:
+            for turned in axes.get_xticklabels():
+                turned.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
+            return
         label.set_visible(box.x0 > right)
         right = box.x1 + 3 if box.x0 > right else right
 
