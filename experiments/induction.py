@@ -1,7 +1,7 @@
 """Repeating sequences of random tokens, which only attention that copies can foresee: induction heads.
 
-Some random tokens, all different, come again and again; how many they are differs from sequence to sequence, so
-that no position tells what comes next. The first time every next token is a guess; afterwards a head that finds
+Some random tokens, all different, come again and again; how many they are differs between sequences, so that
+no position tells what comes next. The first time every next token is a guess; afterwards a head that finds
 the place where the present token stood before, and copies what followed, knows it. That takes two layers: one
 that tells each place what stood before it, and one that looks for it (Olsson et al. 2022).
     cllm sweep experiments/induction.toml

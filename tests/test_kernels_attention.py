@@ -126,7 +126,7 @@ def test_sizes_over_several_blocks(shape, options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["plain", "causal", "bool", "-inf", "dropout"])
 def test_keys_over_several_chunks(kind, dtype):
-    """The forward pass takes 1024 keys at a time: what it has so far is corrected to a maximum that comes later."""
+    """The forward pass takes 1024 keys at a time: what it has so far is corrected to a maximum to come."""
     T, S = 70, 2300
     q, k, v, dout = problem(1, 2, T, S, 16, dtype, E=33)
     k = k * np.where(np.arange(S) < 1100, 0.5, 3)[:, None].astype(dtype)
