@@ -10,6 +10,7 @@ from cllm.figures.style import add_legend, loss_unit, objective_name, palette, s
 
 __all__ = ["fit_power_law", "scaling_law"]
 
+LEAST_ALPHA, MOST_ALPHA = 1e-3, 5.0  # that are tried
 LEAST_SIZES = 6  # a law of three numbers, and something left to judge it by
 
 
@@ -87,16 +88,30 @@ def scaling_law(runs, y="val.loss", over="train.seed", at="last"):
 class _Fit:
     """E + A / N^alpha with the covariance of its three numbers; A / N^alpha is 1 at N_A parameters."""
 
-    def __init__(self, x0, values, covariance, n):
-        self.x0, self.values, self.covariance, self.n = x0, values, covariance, n
+    def __init__(self, x0, values, covariance, x, losses):
+        self.x0, self.values, self.covariance, self.n = x0, values, covariance, len(x)
+        self.x, self.losses = x, losses
         self.E, scale, self.alpha = values
         self.N_A = x0 * max(scale, 0.0) ** (1 / self.alpha) if self.alpha else math.nan
 
     def interval(self, name):
-        """The 95 % interval of "E" or "alpha", not below 0; Student's t with n - 3 degrees of freedom."""
-        index = {"E": 0, "alpha": 2}[name]
-        reach = self._t() * math.sqrt(self.covariance[index, index])
-        return max(self.values[index] - reach, 0.0), self.values[index] + reach
+        """The 95 % interval of "E" or "alpha": all values with which the best fit is not much worse.
+
+        That is by t^2 / (n - 3) of the least sum of squares (Bates & Watts 1988, section 6.1). Unlike one
+        from the covariance it is true where E is hardly known, and stays in what is possible.
+        """
+        alphas, levels = np.geomspace(LEAST_ALPHA, MOST_ALPHA, 1000), np.linspace(0, self.losses.min(), 500)
+        power = self.x ** -alphas[:, None]
+        own = (power**2).sum(1)
+        above = self.losses - levels[:, None]  # of each E
+        scale = np.maximum(above @ power.T / own, 0)  # (E, alpha)
+        rest = (above**2).sum(1)[:, None] - scale * (2 * above @ power.T - scale * own)
+        fitted = self.values[0] + self.values[1] * self.x ** -self.values[2]
+        limit = float(np.sum((fitted - self.losses) ** 2)) * (1 + self._t() ** 2 / (self.n - 3))
+        grid, best = (levels, rest.min(1)) if name == "E" else (alphas, rest.min(0))
+        known = grid[best <= limit]
+        own_value = self.values[0] if name == "E" else self.values[2]
+        return float(min(known, default=own_value)), float(max(known, default=own_value))
 
     def curve(self, sizes):
         """The law at these sizes, and half the width of its 95 % band (delta method)."""
@@ -144,7 +159,7 @@ def fit_power_law(sizes, losses):
         try:
             values, covariance = curve_fit(
                 lambda x, E, scale, alpha: E + scale * x**-alpha, x, losses, start,
-                bounds=([0, 0, 1e-3], [np.inf, np.inf, 5]), maxfev=20_000,
+                bounds=([0, 0, LEAST_ALPHA], [np.inf, np.inf, MOST_ALPHA]), maxfev=20_000,
             )  # fmt: skip
         except RuntimeError:
             continue
@@ -153,8 +168,11 @@ def fit_power_law(sizes, losses):
             best = rest, values, covariance
     if best is None or not np.isfinite(best[2]).all():
         raise InputError("no law E + A / N^alpha fits these losses")
-    return _Fit(x0, best[1], best[2], len(sizes))
+    return _Fit(x0, best[1], best[2], x, losses)
 
 
 def _count(n):
-    return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n / 1e3:.3g}k" if n >= 1e3 else f"{n:g}"
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= scale:
+            return f"{n / scale:.3g}{unit}"
+    return f"{n:g}"
