@@ -97,7 +97,8 @@ def keep(sweep, path):
         for record in run.records:
             for metric in ("loss", "accuracy"):
                 if metric in record and (record["split"] != "train" or not evaluated):
-                    evaluated[record["step"]][f"{record['split']}.{metric}"] = json.dumps(record[metric])
+                    value = "NaN" if record[metric] is None else f"{record[metric]:.7g}"
+                    evaluated[record["step"]][f"{record['split']}.{metric}"] = value
         fixed = {key: trial[key] for key in ("setting", "seed", *keys, "state")}
         fixed["stage"] = "confirm" if fresh else "search"
         fixed["parameters"] = run.summary.get("parameters", 0)
@@ -116,7 +117,7 @@ def kept(path):
         for row in csv.DictReader(file):
             if row["stage"] == "search":
                 of_trial[row["setting"], row["seed"]].append(row)
-    return [Kept(f"{path.stem}-{setting}-{seed}", rows) for (setting, seed), rows in of_trial.items()]
+    return [Kept(path.stem, rows) for rows in of_trial.values()]
 
 
 def main():
