@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "_core": set(),
     "arrays": {"files"},
     "_kernels": {"_core"},
-    "bench": {"_kernels", "cllm", "figures", "functional", "kernels", "optim", "tensor"},
+    "bench": {"_kernels", "cllm", "figures", "functional", "kernels", "optim", "sweep", "tensor"},
     "checkpoint": {"arrays", "files"},
     "cli": {
         "bench", "cllm", "config", "data", "figures", "generate", "kernels", "parallel", "replay", "saved",
@@ -114,7 +114,7 @@ def test_imports_go_in_the_allowed_direction(path):
 def test_large_packages_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {name.split(".")[0] for node in tree.body for name in imports(node)}
-    assert names <= AT_TOP
+    assert names <= AT_TOP | ({"torch"} if path.name == "torch_gpt.py" else set())  # which is all about it
 
 
 @pytest.mark.parametrize("module", ["cllm", "cllm.kernels", "cllm.gpt", "cllm.train", "cllm.cli"])
