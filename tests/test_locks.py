@@ -69,7 +69,8 @@ def test_a_dead_owner_holds_nothing(tmp_path):
 
 @pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGKILL)", "lock.release()"])
 def test_a_child_that_outlives_the_owner_holds_nothing(tmp_path, death):
-    fork = "child = os.fork()\nif child == 0:\n    time.sleep(600)\nprint(child, flush=True)\n"
+    # The child says that it is there: what it inherited is closed before fork() returns in it.
+    fork = "if os.fork() == 0:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
     process = owner(tmp_path, fork + death)
     child = int(process.stdout.readline())
     try:
