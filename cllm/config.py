@@ -8,9 +8,9 @@ value is an InputError of one sentence that names the key, its value and what is
 import functools
 import inspect
 import json
-import math
 import os
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -473,9 +473,9 @@ def _options(hint):
 def _fits(value, option):
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if option is int:
-        return number and math.isfinite(value) and value == int(value)
+        return number and abs(value) <= sys.float_info.max and value == int(value)
     if option is float:
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max
     if typing.get_origin(option) is tuple:
         parts = typing.get_args(option)
         if parts[-1] is Ellipsis:  # a list of any length; one value stands for a list of one

@@ -102,7 +102,7 @@ def keep(sweep, path):
         fixed = {key: trial[key] for key in ("setting", "seed", *keys, "state")}
         fixed["stage"] = "confirm" if fresh else "search"
         fixed["parameters"] = run.summary.get("parameters", 0)
-        rows += [{**fixed, "step": step, **values} for step, values in evaluated.items()]
+        rows += [{**fixed, "step": step, **values} for step, values in (evaluated or {0: {}}).items()]
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")

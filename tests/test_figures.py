@@ -691,15 +691,19 @@ def test_fit_power_law_recovers_what_it_was_made_of():
     assert (np.abs(line - power_law(sizes)) < reach).all()
 
 
-def test_the_intervals_of_fit_power_law_hold_the_truth_as_often_as_they_say():
+@pytest.mark.parametrize(("alpha", "noise"), [(0.4, 0.02), (0.9, 0.02), (0.4, 3e-4)])
+def test_the_intervals_of_fit_power_law_hold_the_truth_as_often_as_they_say(alpha, noise):
     sizes = np.geomspace(1e3, 1e7, 8)
     rng = np.random.default_rng(1)
-    held = 0
-    for _ in range(200):
-        fit = figures.fit_power_law(sizes, power_law(sizes) + rng.normal(0, 0.02, len(sizes)))
-        low, high = fit.interval("alpha")
-        held += low < 0.4 < high
-    assert 180 <= held <= 199  # 190 expected, of standard deviation 3
+    held = {"E": 0, "alpha": 0}
+    for _ in range(100):
+        losses = 1.5 + (2e4 / sizes) ** alpha + rng.normal(0, noise, len(sizes))
+        fit = figures.fit_power_law(sizes, losses)
+        for name, true, own in (("E", 1.5, fit.E), ("alpha", alpha, fit.alpha)):
+            low, high = fit.interval(name)
+            assert low < own < high
+            held[name] += low < true < high
+    assert all(88 <= n <= 100 for n in held.values())  # 95 expected, of standard deviation 2.2
 
 
 @pytest.mark.parametrize("sizes", [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 5]])

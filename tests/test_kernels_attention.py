@@ -165,6 +165,20 @@ def test_what_is_not_finite_in_a_later_chunk(bad):
         assert np.isfinite(out[0, 0, : T - 10]).all() and not (seen.all() if array is k else seen.any())
 
 
+def test_a_chunk_in_which_all_scores_are_minus_infinity():
+    """It adds nothing to what the other chunks have; alone it gives NaN, as in torch."""
+    T, S = 4, 1028
+    q, k, v, _ = problem(1, 1, T, S, 8, np.float32)
+    q[..., 0], k[..., 0] = 1, 0
+    k[0, 0, 1024:, 0] = -np.inf  # the second chunk
+    for options in ({}, {"is_causal": True, "offsets": np.array([S - T])}):
+        out, lse = kernels.attention_forward(q, k, v, **options)
+        wanted = kernels.attention_forward(q, k[:, :, :1024], v[:, :, :1024])
+        assert same_bits((out, lse), wanted)
+    k[0, 0, :1024, 0] = -np.inf
+    assert all(np.isnan(x).all() for x in kernels.attention_forward(q, k, v))
+
+
 def band(T, S, width):
     """Query i sees the keys from i - width to i + width."""
     return abs(np.arange(T)[:, None] - np.arange(S)) <= width

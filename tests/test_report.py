@@ -209,7 +209,8 @@ const first = () => table.tBodies[0].rows[0].cells[0].textContent;
 button.click(); const up = first();
 button.click(); const down = first();
 const wide = document.documentElement.scrollWidth - innerWidth;
-const svg = [...document.querySelectorAll("svg")].every(one => one.getBoundingClientRect().width > 100);
+const svgs = [...document.querySelectorAll("svg")];
+const svg = svgs.length > 0 && svgs.every(one => one.getBoundingClientRect().width > 100);
 const ground = getComputedStyle(document.body).backgroundColor;
 document.title = JSON.stringify({up, down, wide, svg, ground});
 </script>"""

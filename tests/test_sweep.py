@@ -20,7 +20,7 @@ from cllm import config, records, sweep, train, verdict, watch
 from cllm.errors import InputError
 from cllm.files import Lock
 from cllm.progress import Silent
-from cllm.sweep.results import read
+from cllm.sweep.results import read, read_table
 
 BASE = """
 [data]
@@ -202,6 +202,9 @@ def test_the_resolved_copy_is_a_sweep_of_its_own(small, tmp_path):
         (f"[sweep]\nthreads = 0{ONE}", "sweep.threads is 0"),
         ('[spaces]\n"optim.lr" = 1e-3', 'unknown key spaces (did you mean "space"?)'),
         (f"[base.trian]\nmax_steps = 5{ONE}", "unknown key [trian]"),
+        ('[[space]]\n"run.widht" = [1, 2]', "run.widht cannot be part of [[space]], use --run.dir"),
+        ('[[space]]\n"optim.name" = [["adamw", 1e-3]]', "optim.name is"),
+        (f'[[space]]\n"optim.lr" = [1{"0" * 400}]', "optim.lr is"),
     ],
 )
 def test_bad_files_are_refused_in_one_sentence(write, text, message):
@@ -493,3 +496,31 @@ def test_the_live_table_shows_running_trials_and_the_best_so_far(small, tmp_path
     assert "4/4 trials" in text and "best so far: val.loss 3.349 ± 0.018, lr=0.01" in text
     assert re.search(r"s000-seed0 +running +6/12 .* 2\.500 .* lr=0\.001", text)
     assert len(re.findall(r"s00\d-seed\d +finished +12 ", text)) == 4
+
+
+def test_an_override_of_a_section_that_is_a_number_is_refused(write):
+    path = write(f"[base]\ntrain = 3{ONE}")
+    with pytest.raises(InputError, match=r"base\.train is 3, it must be a section"):
+        sweep.Sweep.load(path, {"base.train.max_steps": 5})
+
+
+def test_trials_of_another_sweep_are_no_results_of_this_one(small, write, tmp_path):
+    """Also when somebody has removed the file that tells whose they are."""
+    sweep.run(small, tmp_path / "out", workers=1, progress=Quiet())
+    (tmp_path / "out" / "sweep.toml").unlink()
+    other = sweep.Sweep.load(write(SPACE.replace("1e-3", "7e-3")))
+    with pytest.raises(InputError, match=r"s000-seed\d holds another trial: optim\.lr"):
+        sweep.run(other, tmp_path / "out", workers=1, progress=Quiet())
+
+
+@pytest.mark.parametrize(("raised", "said"), [("'x' * 200_000", "x" * 900), ("'bad \\udcff'", r"bad \udcff")])
+def test_any_error_of_a_trial_can_be_written_and_read_again(write, tmp_path, monkeypatch, raised, said):
+    (tmp_path / "my.py").write_text(f"def build(config):\n    raise ValueError({raised})\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = '[sweep]\nseeds = [0]\nobjective = "val.x"\n[[space]]\n"task.build" = ["my.py:build"]\n'
+    plan = sweep.Sweep.load(write(text, base=""))
+    summary = sweep.run(plan, tmp_path / "out", workers=1, progress=Quiet())
+    assert summary["trials"]["failed"] == 1
+    found = read_table(tmp_path / "out", plan.settings)
+    assert said in found["s000-seed0"].error and "ValueError" in found["s000-seed0"].error
+    assert "ValueError" in (tmp_path / "out" / "trials" / "s000-seed0" / "error.txt").read_text()

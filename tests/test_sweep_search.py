@@ -255,6 +255,10 @@ def test_tpe_without_optuna_says_what_to_install(load, monkeypatch):
         (f"[confirm]\ntop = 0\n{ONE}", "confirm.top is 0, it must be an integer of at least 1"),
         (f"[confirm]\nseeds = []\n{ONE}", "confirm.seeds is []"),
         (f"[confirm]\nseeds = [4, 2]\n{ONE}", "confirm.seeds has 2, which sweep.seeds has too"),
+        (f"[confirm]\nseeds = [{2**63}]\n{ONE}", "confirm.seeds has 9223372036854775808, it must have"),
+        ('[[space]]\n"optim.lr" = {low = 0, high = 1, step = 1e-9}', "values, a grid takes at most 100,000"),
+        ('[[space]]\n"optim.lr" = {low = -1e308, high = 1e308, step = 1e307}', "low = -1e+308, it must"),
+        (f'[[space]]\n"optim.lr" = {{low = 1, high = 1{"0" * 400}, step = 1}}', "it must be a finite number"),
         (f"[confirm]\ntops = 1\n{ONE}", 'unknown key confirm.tops (did you mean "top"?)'),
     ],
 )  # fmt: skip
@@ -494,14 +498,20 @@ def test_what_is_finished_already_takes_no_time(tiny, tmp_path, costs):
     out = tmp_path / "out"
     out.mkdir()
     (out / "sweep.toml").write_text(config.to_toml(plan.resolved()))
+    trial = plan.trials()[0]
+    folder = out / "trials" / trial.name
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(config.to_toml(config.to_dict(plan.trial_config(trial, str(folder)))))
+    (folder / "metrics.jsonl").write_text('{"step": 200, "split": "val", "loss": 2.0}\n')
+    (folder / "summary.json").write_text('{"state": "finished", "step": 200, "seconds": 1.0, "isa": "any"}')
     done = {trial.name: sweep.Result(trial) for trial in plan.trials()}
     for trial, state, step in zip(plan.trials(), ("finished", "failed", "finished"), (200, 200, 100)):
         done[trial.name] = sweep.Result(trial, state, step)
     (out / "results.csv").write_text(results.table(plan, done))
     (out / "settings.json").write_text(json.dumps(plan.settings))
-    found = rows(sweep.forecast(plan, tmp_path / "out", workers=2))
+    found = rows(sweep.forecast(plan, tmp_path / "out", workers=1))
     assert found["finished"].startswith("1 of these trials")
-    assert found["time"].startswith("about 4.0 s on this machine, 2 at once")
+    assert found["time"].startswith("about 6.0 s on this machine")
     with pytest.raises(InputError, match="holds another sweep"):
         sweep.forecast(tiny(ONE.replace("1e-3", "1e-2")), out)
 

@@ -20,7 +20,7 @@ the packed operands of these products. What it gives is added afterwards, to tho
 cimport numpy as cnp
 from cython cimport floating
 from cython.parallel cimport prange, threadid
-from libc.math cimport ceil, exp, log, logf
+from libc.math cimport NAN, ceil, exp, log, logf
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -257,6 +257,11 @@ cdef inline void merge(floating highest, floating sum_, floating* top, floating*
                        floating* now) noexcept nogil:
     """Add a chunk, its maximum and its sum, to those of a row; before and now are the factors that it takes."""
     before[0] = now[0] = 1
+    if sum_ == 0:                           # all scores are -infinity: nothing, unless there is nothing else
+        now[0] = 0
+        if total[0] == 0:
+            top[0] = <floating>NAN
+        return
     if total[0] == 0:                       # the first one
         top[0] = highest
     elif highest > top[0]:
@@ -359,7 +364,7 @@ cdef void forward_head(const floating* q, Py_ssize_t qt, const floating* KT, con
             if first >= seen:
                 break
         for i in range(i0, i1):
-            inverse = 1 / total[i - i0] if total[i - i0] != 0 else <floating>0
+            inverse = <floating>0 if top[i - i0] == -INFINITY else 1 / total[i - i0]
             lse[i] = top[i - i0] + logarithm(total[i - i0])
             for c in range(E):
                 out[i * ot + c] *= inverse

@@ -52,10 +52,11 @@ static inline REAL NAME(cllm_softmax_row)(REAL *s, ptrdiff_t n, ptrdiff_t end, R
             top[i] = SELECT(v > top[i], v, top[i]);
         }
     const REAL largest = NAME(lanes_largest)(top);
+    const REAL base = largest == -(REAL)INFINITY ? 0 : largest; /* all are: the sum is 0 */
     for (ptrdiff_t j = 0; j < whole; j += CLLM_LANES)
 #pragma GCC unroll 16
         for (int i = 0; i < GROUPS; i++) {
-            const NAME(vec) v = NAME(exp_below)(LOAD(s + j + i * WIDTH) - largest);
+            const NAME(vec) v = NAME(exp_below)(LOAD(s + j + i * WIDTH) - base);
             STORE(s + j + i * WIDTH, v);
             total[i] += v;
         }

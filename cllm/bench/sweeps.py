@@ -197,26 +197,33 @@ def _watched(commands, at_once):
     own, memory = 0.0, 0
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     due = began
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            file = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would be full after 64 kB)
-            pipes = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
-            running.append((subprocess.Popen([*map(str, waiting.popleft())], **pipes), file))
-        own = _processor_seconds(running[0][0].pid) or own
-        if time.perf_counter() >= due:
-            due = time.perf_counter() + SAMPLE_SECONDS
-            memory = max(memory, sum(map(_memory, _family([process.pid for process, _ in running]))))
-        for process, file in list(running):
-            if process.poll() is not None:
-                running.remove((process, file))
-                file.seek(0)
-                with file:
-                    words = file.read()
-                out.append(words)
-                if process.returncode:
-                    last = (words.strip().splitlines() or ["no message"])[-1]
-                    raise InputError(f"a process that is measured ended with {process.returncode}: {last}")
-        time.sleep(0.02)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                file = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would be full after 64 kB)
+                pipes = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment}
+                running.append((subprocess.Popen([*map(str, waiting.popleft())], **pipes), file))
+            own = _processor_seconds(running[0][0].pid) or own
+            if time.perf_counter() >= due:
+                due = time.perf_counter() + SAMPLE_SECONDS
+                memory = max(memory, sum(map(_memory, _family([process.pid for process, _ in running]))))
+            for process, file in list(running):
+                if process.poll() is not None:
+                    running.remove((process, file))
+                    file.seek(0)
+                    with file:
+                        words = file.read()
+                    out.append(words)
+                    if process.returncode:
+                        last = (words.strip().splitlines() or ["no message"])[-1]
+                        code = process.returncode
+                        raise InputError(f"a process that is measured ended with {code}: {last}")
+            time.sleep(0.02)
+    finally:  # of an error or Ctrl-C: nothing goes on without us
+        for process, file in running:
+            process.terminate()
+            process.wait()
+            file.close()
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": seconds, "busy": busy, "own": own, "memory": memory, "out": out}

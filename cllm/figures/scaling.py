@@ -100,18 +100,34 @@ class _Fit:
         That is by t^2 / (n - 3) of the least sum of squares (Bates & Watts 1988, section 6.1). Unlike one
         from the covariance it is true where E is hardly known, and stays in what is possible.
         """
-        alphas, levels = np.geomspace(LEAST_ALPHA, MOST_ALPHA, 1000), np.linspace(0, self.losses.min(), 500)
-        power = self.x ** -alphas[:, None]
-        own = (power**2).sum(1)
-        above = self.losses - levels[:, None]  # of each E
-        scale = np.maximum(above @ power.T / own, 0)  # (E, alpha)
-        rest = (above**2).sum(1)[:, None] - scale * (2 * above @ power.T - scale * own)
         fitted = self.values[0] + self.values[1] * self.x ** -self.values[2]
         limit = float(np.sum((fitted - self.losses) ** 2)) * (1 + self._t() ** 2 / (self.n - 3))
-        grid, best = (levels, rest.min(1)) if name == "E" else (alphas, rest.min(0))
-        known = grid[best <= limit]
-        own_value = self.values[0] if name == "E" else self.values[2]
-        return float(min(known, default=own_value)), float(max(known, default=own_value))
+        if name == "E":
+            rest, own, ends = self._rest_of_E, self.values[0], (0.0, max(self.losses.max(), self.values[0]))
+        else:
+            rest, own, ends = self._rest_of_alpha, self.values[2], (LEAST_ALPHA, MOST_ALPHA)
+        return tuple(_crossing(rest, float(own), end, limit) for end in ends)
+
+    def _rest_of_alpha(self, alpha):
+        """The least sum of squares with this alpha: of a straight line over x^-alpha."""
+        from scipy.optimize import nnls
+
+        return nnls(np.stack([np.ones_like(self.x), self.x**-alpha], 1), self.losses)[1] ** 2
+
+    def _rest_of_E(self, E):
+        """The least sum of squares with this E, over all alpha."""
+        from scipy.optimize import minimize_scalar
+
+        above = self.losses - E
+
+        def rest(log_alpha):
+            power = self.x ** -math.exp(log_alpha)
+            return float(np.sum((above - max(above @ power / (power @ power), 0) * power) ** 2))
+
+        grid = np.linspace(math.log(LEAST_ALPHA), math.log(MOST_ALPHA), 60)
+        at = int(np.argmin([rest(place) for place in grid]))
+        bounds = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+        return minimize_scalar(rest, bounds=bounds, method="bounded", options={"xatol": 1e-9}).fun
 
     def curve(self, sizes):
         """The law at these sizes, and half the width of its 95 % band (delta method)."""
@@ -126,6 +142,17 @@ class _Fit:
         from scipy.special import stdtrit
 
         return float(stdtrit(self.n - 3, 0.975))
+
+
+def _crossing(rest, own, end, limit):
+    """Where the sum of squares reaches the limit between a fit's own value and an end; else that end."""
+    from scipy.optimize import brentq
+
+    if rest(end) <= limit or end == own:
+        return end
+    if rest(own) >= limit:
+        return own
+    return float(brentq(lambda value: rest(value) - limit, *sorted((own, end))))
 
 
 def fit_power_law(sizes, losses):

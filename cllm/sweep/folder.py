@@ -1,6 +1,7 @@
 """A sweep's directory: whose it is, which number each setting has there, what more steps mean there."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from cllm import config as configs
@@ -13,8 +14,8 @@ from cllm.sweep.worker import wait_until_free
 from cllm.verdict import text
 
 __all__ = [
-    "EARLIER", "adopt", "contents", "fit_steps", "known_settings", "refuse_other_use", "steps", "write_new",
-    "write_settings",
+    "EARLIER", "adopt", "contents", "fit_steps", "known_settings", "refuse_other_trial", "refuse_other_use",
+    "steps", "write_new", "write_settings",
 ]  # fmt: skip
 
 SETTINGS = "settings.json"  # the settings by number, as JSON
@@ -44,6 +45,8 @@ def adopt(sweep, directory):
     there, here = configs.read_toml(path), sweep.resolved()
     if not any((directory / name).exists() for name in (SETTINGS, "results.csv")):
         raise InputError(f"{path} was not written by a sweep: choose another folder: --run.dir DIR")
+    if not {"sweep", "base", "space"} <= set(there):
+        raise InputError(f"{path} is damaged: it has no {', '.join({'sweep', 'base', 'space'} - set(there))}")
     _refuse_other_base(configs.flatten(there["base"]), configs.flatten(here["base"]), directory)
     known = known_settings(directory)
     sweep = numbered(sweep, known)
@@ -124,6 +127,18 @@ def write_new(path, content):
 def steps(run_dir):
     """The train.max_steps of a trial that is there, or None."""
     return records.Run(run_dir).config.get("train.max_steps")
+
+
+def refuse_other_trial(order):
+    """Raise when a trial's folder holds one of another setting or seed: its sweep's own files are gone."""
+    there = {}
+    with suppress(InputError):  # of a damaged file; training will say what is wrong with it
+        there = records.Run(order.run_dir).config if trained(order.run_dir) else {}
+    here = configs.flatten(configs.to_dict(order.config))
+    keys = [key for key in (*order.trial.overrides, "train.seed") if key in here]
+    told = _difference(*({key: flat[key] for key in keys if key in flat} for flat in (there, here)))
+    if there and told:
+        raise InputError(f"{order.run_dir} holds another trial: {told}; choose another folder: --run.dir DIR")
 
 
 def fit_steps(order, directory):

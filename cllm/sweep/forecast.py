@@ -11,9 +11,11 @@ import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 
@@ -27,8 +29,8 @@ from cllm.progress import Silent, duration, thousands
 from cllm.sweep import folder
 from cllm.sweep import space as spaces
 from cllm.sweep.engine import blas_threads
-from cllm.sweep.results import Result, read_table
-from cllm.sweep.stages import stages
+from cllm.sweep.results import Result, read, read_table
+from cllm.sweep.stages import Job, stages
 
 __all__ = ["forecast"]
 
@@ -61,11 +63,11 @@ def forecast(sweep, directory, workers=None):
     sweep = folder.adopt(sweep, directory)
     finished = _finished(sweep, directory)
     workers = workers or max(1, kernels.get_num_threads() // sweep.config.threads)
-    played = _played(sweep)
+    played = _played(sweep, directory)
     rows = _stages(sweep, played)
     if finished:
         rows.append(("finished", f"{len(finished)} of these trials, in {directory}"))
-    left = [[job for job in jobs if job.trial.name not in finished] for jobs in played]
+    left = [[job for job in jobs if not _is_done(sweep, directory, job)] for jobs in played]
     if left := [jobs for jobs in left if jobs]:
         rows += _cost(sweep, left, min(workers, max(map(len, left))))
     else:
@@ -81,6 +83,20 @@ def _finished(sweep, directory):
         for name, result in found.items()
         if result.state == "finished" and result.step == sweep.trial_config(result.trial).train.max_steps
     }
+
+
+def _there(sweep, directory, job):
+    """What a trial's files tell of it up to where a job ends."""
+    config = sweep.trial_config(job.trial, directory)
+    with suppress(InputError):
+        if folder.steps(Path(config.run.dir)) == config.train.max_steps:
+            return read(sweep.config, job.trial, Path(config.run.dir), job.until)
+    return Result(job.trial)
+
+
+def _is_done(sweep, directory, job):
+    found = _there(sweep, directory, job)
+    return found.state == "finished" or (found.state, found.step) == ("paused", job.until)
 
 
 # Trials ----------------------------------------------------------------------------------------------
@@ -102,8 +118,8 @@ def _listed(sweep):
     return [*sweep.notices, *lines, *rows]
 
 
-def _played(sweep):
-    """The lists of jobs that `stages` would give when results were chance."""
+def _played(sweep, directory):
+    """The lists of jobs that `stages` would give when results that are not there were chance."""
     settings = list(sweep.settings)
     if sweep.config.method == "tpe":  # points of its sequence stand for settings that are not proposed yet
         known = set(map(spaces.key, settings))
@@ -112,7 +128,8 @@ def _played(sweep):
     sweep, results, lists = replace(sweep, settings=settings), {}, []
 
     def value_at(trial, step):
-        return random.Random(trial.setting).random()
+        found = _there(sweep, directory, Job(trial, step)).value
+        return random.Random(trial.setting).random() if found is None else found
 
     for jobs in stages(sweep, results, value_at):
         lists.append(jobs)

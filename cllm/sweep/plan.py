@@ -212,6 +212,8 @@ class Sweep:
             if kind in ("sweep", "prune", "confirm") and rest:
                 {"sweep": changes, "prune": prune, "confirm": confirm}[kind][rest] = value
             elif kind == "base" and dot:
+                if not isinstance(base.get(section, {}), dict):
+                    raise InputError(f"{path}: base.{section} is {base[section]!r}, it must be a section")
                 base[section] = {**base.get(section, {}), name: value}
             else:
                 raise InputError(f"{key} is not a key of a sweep; its trials' keys are base.SECTION.KEY")
@@ -434,7 +436,7 @@ def _merged(base, setting):
     name = {**base.get("optim", {}), **overrides.get("optim", {})}.get("name", optim.OptimConfig().name)
     nested = copy.deepcopy(base)
     notices = []
-    if name in optim.BY_NAME or userfile.is_reference(name):
+    if isinstance(name, str) and (name in optim.BY_NAME or userfile.is_reference(name)):
         others = [*optim.BY_NAME, *filter(userfile.is_reference, [base.get("optim", {}).get("name")])]
         foreign = {key for other in others for key in configs.optimizer_arguments(other)}
         for key in foreign - set(configs.optimizer_arguments(name)):
@@ -472,5 +474,7 @@ def _check_choice(name, value, allowed):
 def _check_seeds(name, seeds):
     if not isinstance(seeds, list) or not seeds or not all(_is_whole(seed, 0) for seed in seeds):
         raise InputError(f"{name} is {seeds!r}, it must be a list of integers of at least 0")
+    if max(seeds) >= 2**63:
+        raise InputError(f"{name} has {max(seeds)}, it must have integers below 2**63")
     if len(set(seeds)) < len(seeds):
         raise InputError(f"{name} is {seeds}, each seed must be there once")

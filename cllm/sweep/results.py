@@ -15,6 +15,7 @@ from cllm.verdict import text
 __all__ = ["TEST", "Result", "read", "read_table", "table", "tested", "trained"]
 
 TEST = "test.json"  # in a trial that was confirmed: what it reached on the test split
+MOST_ERROR = 1000  # characters of an error in the table; error.txt has all, and csv reads 131,072 of a cell
 STATES = ("pending", "running", "paused", "pruned", "finished", "failed")
 
 
@@ -163,7 +164,7 @@ def table(sweep, results):
         values = [text(trial.overrides[key]) if key in trial.overrides else "" for key in varied]
         value = "" if result.value is None else repr(result.value)
         seconds = "" if result.seconds is None else f"{result.seconds:.2f}"
-        outcome = [result.state, result.step, value, " ".join(result.error.split()), seconds]
+        outcome = [result.state, result.step, value, " ".join(result.error.split())[:MOST_ERROR], seconds]
         writer.writerow([trial.setting, trial.seed, *values, *outcome])
     return file.getvalue()
 

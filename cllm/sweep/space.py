@@ -23,6 +23,9 @@ __all__ = [
 DIGITS = 6  # significant ones of sampled numbers: short in tables, and alike where libraries round otherwise
 REPEATS = 10_000  # points in a row that bring nothing new, after which a block counts as exhausted
 
+LARGEST = 1e300  # end of a range: differences of two are floats
+MOST_VALUES = 100_000  # of a range in a grid
+
 
 # Axes ------------------------------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ def _axis(keys, values, grid):
     """One line of a block as its axis."""
     names = tuple(name.strip() for name in keys.split(","))
     for name in names:
-        if name in ("train.seed", "train.threads", "run.dir"):
+        if name in ("train.seed", "train.threads") or name.partition(".")[0] == "run":
             instead = {"train.seed": "sweep.seeds", "train.threads": "sweep.threads"}.get(name, "--run.dir")
             raise InputError(f"{name} cannot be part of [[space]], use {instead}")
         if name in configs.SECTIONS and not isinstance(values, dict):
@@ -228,7 +231,8 @@ def _range(names, table, grid):
         if word in table or word != "step":
             if value is None:
                 raise InputError(f"the range of {name} has no {word}, it must have low and high")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not abs(value) < LARGEST:
                 raise InputError(f"the range of {name} has {word} = {value!r}, it must be a finite number")
     if log not in (None, False, True):
         raise InputError(f"the range of {name} has log = {log!r}, it must be true or false")
@@ -256,6 +260,9 @@ def _range(names, table, grid):
             f'the range of {name} has no step, which method = "grid" needs: give one, list the values, or '
             'take method = "random", "qmc" or "tpe"'
         )
+    if grid and axis.size > MOST_VALUES:
+        most = f"a grid takes at most {MOST_VALUES:,}"
+        raise InputError(f"the range of {name} has {axis.size:,} values, {most}")
     return Choices(names, [axis.of(index) for index in range(axis.size)]) if grid else axis
 
 

@@ -57,6 +57,8 @@ class Order:
     def found(self):
         """The trial's `Result` as its files tell it."""
         result = read(self.judged, self.trial, self.run_dir, self.until)
+        if not self.test:  # a trial of the search may have been a confirmed one in an earlier call
+            result = replace(result, test=None)
         if not self.test or result.state != "finished" or tested(self.judged, self.run_dir, result.step):
             return result
         return replace(result, state="paused", value=None)
@@ -106,7 +108,8 @@ def perform(order, tell, interval):
         note_error(run_dir, userfile.own_traceback(error) or traceback.format_exc())
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         seconds = monotonic() - began
-        return Result(order.trial, "failed", report.done, None, f"{kind}{error}", seconds, kernels.isa)
+        said = f"{kind}{error}".encode(errors="backslashreplace").decode()
+        return Result(order.trial, "failed", report.done, None, said, seconds, kernels.isa)
 
 
 def teller(pipe):
@@ -145,7 +148,7 @@ def note_error(run_dir, text):
     """Write down in a trial's folder why it failed, where that can be: the disk may be full."""
     with suppress(OSError):
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ERROR).write_text(text, encoding="utf-8")
+        (run_dir / ERROR).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def wait_until_free(run_dir):
