@@ -127,8 +127,9 @@ def _left(sweep, results, n_running):
     for result in results.values():
         if result.state in ("pending", "running", "paused"):
             steps += max(0, _max_steps(sweep, result.trial) - result.step)
-    at_most = "at most " if sweep.prune.rungs else ""
-    return at_most + watch.until(seconds * steps / n_running)
+    left = ("at most " if sweep.prune.rungs else "") + watch.until(seconds * steps / n_running)
+    confirming = any(result.trial.seed in sweep.confirm_seeds for result in results.values())
+    return f"{left}, and then what is to be confirmed" if sweep.confirm_seeds and not confirming else left
 
 
 def _max_steps(sweep, trial):
@@ -167,4 +168,7 @@ def _progress(run_dir):
     if not records:
         return 0, [], 0.0
     times = [value for record in records for key, value in record.items() if key.startswith("time_")]
-    return records[-1]["step"], [record.get("loss") for record in records], sum(times) / len(records)
+    losses = [record.get("loss") for record in records]
+    losses = [loss if isinstance(loss, int | float) else None for loss in losses]
+    seconds = sum(value for value in times if isinstance(value, int | float)) / len(records)
+    return records[-1]["step"], losses, seconds

@@ -320,11 +320,12 @@ class Table(Lines):
         rows = [self.running_row(name, step) for name, step in running[:most]]
         rows += [self.ended_row(result) for result in self.last[: max(0, most - len(running))]]
         more = f"and {len(running) - most} more are running" if len(running) > most else ""
+        results = dict(self.results)  # which grows while this thread of the terminal draws
         if monotonic() > self.best_due:  # it takes a while where there are thousands of trials
             began = monotonic()
-            self.best = best(self.sweep, self.results)
+            self.best = best(self.sweep, results)
             self.best_due = monotonic() + max(1.0, 500 * (monotonic() - began))
-        lines = (self.words, n + bar + left, *columns(rows), more, self.best, counts(self.results))
+        lines = (self.words, n + bar + left, *columns(rows), more, self.best, counts(results))
         return list(filter(None, lines))
 
     def running_row(self, name, step):

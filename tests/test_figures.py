@@ -353,6 +353,63 @@ def test_a_tasks_loss_may_end_above_that_of_its_first_training_step(tmp_path, ke
     assert "val.loss-against-optim.lr.png" in [path.name for path in figures.for_directory(tmp_path)]
 
 
+def test_a_lucky_seed_is_no_best_mean(tmp_path):
+    """Where other settings have more seeds: the star, the frame and the best so far are of whole means."""
+    for lr, ends in ((1e-3, [2.4, 2.5, 2.6]), (1e-2, [2.1]), (1e-1, [2.7, 2.7, 2.8])):
+        for seed, end in enumerate(ends):
+            for width in (16, 32):
+                config = {"optim.lr": lr, "model.n_embd": width, "optim.name": "adam", "train.seed": seed}
+                write_run(tmp_path / "trials" / f"{lr}-{width}-{seed}", config, end + width / 1e3)
+    runs = records.load(tmp_path)
+    figure = figures.against(runs, "optim.lr")
+    assert any(text.startswith("best: lr = 0.001, n_embd = 16: 2.516") for text in legend_texts(figure))
+    assert title_of(figure).endswith("1 to 3 seeds")
+    cells = figures.heat_map(runs, "optim.lr", "model.n_embd").axes[0]
+    assert [text.get_text() for text in cells.texts] == ["2.516", "2.749", "2.532", "2.765"]
+    assert "crosses" not in title_of(cells.figure)
+    contender = figures.contenders(runs, "optim.name")
+    assert legend_texts(contender) == ["adam: 2.516"]
+
+
+def test_what_a_figure_leaves_out_or_chooses_is_said(tmp_path):
+    for index, (lr, heads) in enumerate([(1e-3, 2), (1e-2, 2), (1e-3, 4), (1e-2, 4), (1e-3, None)]):
+        config = {"optim.lr": lr, "model.n_embd": 16 * (1 + index % 2), "train.seed": 0}
+        config |= {"model.n_kv_head": heads} if heads else {}
+        config["model.n_layer"] = index
+        write_run(tmp_path / "trials" / f"s{index:03d}-seed0", config, 2 + index / 10)
+    runs = records.load(tmp_path)
+    title = title_of(figures.against(runs, "model.n_kv_head"))
+    assert "; 1 run without this key left out" in title.replace("\n", " ")
+    cells = figures.heat_map(runs, "optim.lr", "model.n_embd")
+    assert "each cell the best of other keys" in title_of(cells).replace("\n", " ")
+
+
+def test_a_zero_has_its_place_beside_a_logarithmic_axis(tmp_path):
+    for index, decay in enumerate((0.0, 1e-3, 1e-2, 1e-1, 1.0)):
+        config = {"optim.weight_decay": decay, "train.seed": 0}
+        write_run(tmp_path / "trials" / f"s{index:03d}-seed0", config, 2 + index / 10)
+    figure = figures.against(records.load(tmp_path), "optim.weight_decay")
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "symlog"
+    places = axes.transData.transform([(x, 2.0) for x in (0.0, 1e-3, 1e-2, 1e-1, 1.0)])[:, 0]
+    assert np.diff(places).min() > 0.1 * np.ptp(places)
+    assert all(label.get_visible() for label in axes.get_xticklabels())
+    assert_tidy(figure)
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_keep_others_from_it(sweep_dir):
+    """No whole cell for the heat map; what else suits the sweep is there."""
+    for index, run in enumerate(records.load(sweep_dir)):
+        text = (run.path / "config.toml").read_text() + f"[model]\nn_layer = {1 + index % 2}\n"
+        (run.path / "config.toml").write_text(text)
+        if index % 3 == 0:
+            records.write_summary(run.path, {"state": "failed"})
+    toml = (sweep_dir / "sweep.toml").read_text() + '"model.n_layer" = [1, 2]\n'
+    (sweep_dir / "sweep.toml").write_text(toml)
+    names = [name for name, _ in figures.drawn(sweep_dir)]
+    assert names[-1] == "loss_curves" and "val.loss-against-optim.lr" in names
+
+
 def test_when_all_runs_diverged_the_error_says_so(tmp_path):
     write_ends(tmp_path / "run", {"optim.lr": 1e-3}, [1.2, 1.5], [0.5, math.nan])
     runs = records.load(tmp_path / "run")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -273,6 +274,23 @@ def test_two_thousand_trials(many):
     assert {name: result.state for name, result in found.items()} == {
         name: result.state for name, result in results.items()
     }
+
+
+def test_time_left_says_that_confirmation_is_still_to_come(many):
+    _, whole, results = many
+    for name in list(results)[:1000]:
+        results[name] = replace(results[name], seconds=1.2, step=12)
+    assert status._left(whole, results, 2).endswith(", and then what is to be confirmed")
+    assert whole.prune.rungs and status._left(whole, results, 2).startswith("at most ")
+    fresh = whole.trial(0, whole.confirm_seeds[0])
+    assert not status._left(whole, {**results, fresh.name: Result(fresh)}, 2).endswith("confirmed")
+
+
+def test_records_that_hold_no_number_are_no_losses_and_no_times(tmp_path):
+    records_of = [{"loss": [1, 2], "time_x": None, "time_forward": 0.5}, {"loss": 2.5, "time_forward": 1.5}]
+    lines = [json.dumps({"step": step, "split": "train", **one}) for step, one in enumerate(records_of, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert status._progress(tmp_path) == (2, [None, 2.5], 1.0)
 
 
 def test_what_is_no_sweep_is_said_in_one_sentence(plan, tmp_path):

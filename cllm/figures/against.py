@@ -74,10 +74,12 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     runs = ended(runs) or runs
     known = sorted(set().union(*(run.config for run in runs)))
     keys = [key.strip() for key in x.split(",")]
+    n_without = len(runs)
     for key in keys:
         runs = [run for run in runs if key in run.config]
         if not runs:
             raise InputError(f'no run has the key "{key}" in its config{nearest(key, known)}')
+    n_without -= len(runs)
     ends = {id(run): end(run, y, at, goal) for run in runs}
     if all(map(math.isnan, ends.values())):
         if any(run.state == "finished" and y in run.names() for run in runs):
@@ -119,6 +121,8 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         rank = {label: min(mean_or_inf(sign * values) for _, _, values in line) for label, line in lines}
         lines = sorted(lines, key=lambda item: rank[item[0]])[:MAX_LINES]
 
+    counts = [len(values) for _, line in lines for _, _, values in line]
+    n_replicates = max(counts)
     dots = sum(len(line) for _, line in lines) <= MOST_MEANS
 
     figure = Figure()
@@ -140,7 +144,7 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
                 continue
             error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
             complete.append((place + shift, values.mean(), error))
-            if best is None or sign * values.mean() < best[0]:
+            if len(values) == n_replicates and (best is None or sign * values.mean() < best[0]):
                 named = ", ".join(map(short, keys))
                 words = f"{named} = {_together_text(value)}" + (f", {label}" if len(lines) > 1 else "")
                 words = f"best: {words}: {plus_minus(values.mean(), error)}"
@@ -155,7 +159,6 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
         star = {"marker": "*", "markersize": 14, "markeredgecolor": "black", "markeredgewidth": 0.8}
         axes.plot([best[1]], [sign * best[0]], color=best[2], zorder=4, **star)
         legend.append(Line2D([], [], color=best[2], linestyle="none", label=best[3], **star))
-    n_replicates = max(len(values) for _, line in lines for _, _, values in line)
     replicate = "seed" if over == "train.seed" else f"value of {over}"
     if n_replicates > 1 and dots:
         legend.append(Line2D([], [], color="0.4", marker=".", linestyle="none", label=f"one {replicate}"))
@@ -172,12 +175,15 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     axes.set_xlabel(", ".join(AXIS_NAMES.get(key, key) for key in keys))
     axes.set_ylabel(name + loss_unit(runs, y))
     title = f"{name[0].upper()}{name[1:]} at {'the last step' if at == 'last' else 'its best'}"
-    spread = f": mean{' ± standard error' if dots else ''}, {n_replicates} {replicate}s"
+    n = n_replicates if min(counts) == n_replicates else f"{min(counts)} to {n_replicates}"
+    spread = f": mean{' ± standard error' if dots else ''}, {n} {replicate}s"
     title += spread if n_replicates > 1 else f", one {replicate}"
     if n_lines > len(lines):
         title += f"; best {len(lines)} of {n_lines} settings"
     if n_unended:
         title += f"; {n_unended} runs without an end left out"
+    if n_without:
+        title += f"; {n_without} run{'s' * (n_without > 1)} without this key left out"
     if scattered:
         title += "; one mark a setting"
     axes.set_title("\n".join(textwrap.wrap(title, 72)), loc="left")

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 from cllm import records
@@ -161,11 +162,12 @@ def _of_sweep(path, sweep, runs, how):
         for one, other in itertools.islice(itertools.combinations(axes, 2), MOST_MAPS):
             if not all(math.isnan(end(run, **how)) for run in mine):
                 of_block = f"-block-{number}" if len(sweep["space"]) > 1 else ""
-                yield f"{objective}-over-{one}-and-{other}{of_block}", heat_map(mine, one, other, **named)
+                name = f"{objective}-over-{one}-and-{other}{of_block}"
+                yield from _if_drawable(name, heat_map, mine, one, other, **named)
     is_loss = objective.endswith(".loss") and how["goal"] == "minimize"
     is_grid = sweep["sweep"].get("method", "grid") == "grid" and len(ended(runs)) == len(runs)
     if is_loss and is_grid and _has_rates(runs):
-        yield "sensitivity", sensitivity(runs, y=objective, at=how["at"])
+        yield from _if_drawable("sensitivity", sensitivity, runs, y=objective, at=how["at"])
     for key in keys:
         values = {run.config[key] for run in runs if isinstance(run.config.get(key), str | bool)}
         if len(values) > 1:
@@ -177,11 +179,17 @@ def _of_sweep(path, sweep, runs, how):
         yield "differences", differences(summary, lambda number: _words(settings[number], keys))
     prune = sweep.get("prune", {})
     if prune.get("method", "none") != "none":
-        yield "rungs", rungs(runs, prune["steps"], objective, goal=how["goal"])
+        yield from _if_drawable("rungs", rungs, runs, prune["steps"], objective, goal=how["goal"])
     if is_loss:
         complete = [group[0] for group, mean in mean_over(ended(runs), "train.seed", **how) if mean == mean]
         if len({run.summary.get("parameters") for run in complete} - {None}) >= LEAST_SIZES:
-            yield "scaling_law", scaling_law(runs, objective, at=how["at"])
+            yield from _if_drawable("scaling_law", scaling_law, runs, objective, at=how["at"])
+
+
+def _if_drawable(name, draw, *arguments, **options):
+    """The figure with its name; nothing where trials that failed leave nothing to draw: others may follow."""
+    with suppress(InputError):
+        yield name, draw(*arguments, **options)
 
 
 def _words(setting, keys):

@@ -103,9 +103,14 @@ def ended(runs):
 
 
 def mean_over(runs, over, y, at, goal):
-    """Mean objectives of settings: [(runs that differ at most in `over`, mean)], NaN where one has failed."""
+    """Mean objectives of settings: [(runs that differ at most in `over`, mean)].
+
+    NaN where one has failed, and where there are fewer runs than of another setting: a lucky seed is no mean.
+    """
     groups = [group for _, group in by_setting(runs, over=(over,))]
-    return [(group, float(np.mean([end(run, y, at, goal) for run in group]))) for group in groups]
+    n = max(map(len, groups), default=0)
+    means = [float(np.mean([end(run, y, at, goal) for run in group])) for group in groups]
+    return [(group, mean if len(group) == n else math.nan) for group, mean in zip(groups, means)]
 
 
 def mean_or_inf(values):

@@ -113,10 +113,15 @@ def objective_name(y):
 
 
 def log_if_wide(axes, places):
-    """A logarithmic x axis where positive places span a decade or more."""
-    if min(places) > 0 and max(places) >= 10 * min(places):
+    """A logarithmic x axis where positive places span a decade or more; a 0 is set beside them."""
+    above = [place for place in places if place > 0]
+    if min(places) < 0 or not above or max(above) < 10 * min(above):
+        return
+    if min(places) > 0:
         axes.set_xscale("log")
         plain_log_ticks(axes.xaxis)
+    else:
+        axes.set_xscale("symlog", linthresh=min(above), linscale=0.5)
 
 
 def loss_unit(runs, y="loss"):

@@ -69,9 +69,11 @@ def heat_map(runs, x, y, z="val.loss", over="train.seed", at="last", goal="minim
             raise InputError(f"{key} has one value in these runs, a heat map needs at least two")
     sign = 1 if goal == "minimize" else -1
     cells, failed = np.full((len(rows), len(columns)), math.nan), np.zeros((len(rows), len(columns)), bool)
+    n_settings = np.zeros(cells.shape, int)
     for group, mean in mean_over(runs, over, z, at, goal):
         place = rows.index(hashable(group[0].config[y])), columns.index(hashable(group[0].config[x]))
-        failed[place] |= math.isnan(mean)
+        failed[place] |= any(math.isnan(end(run, z, at, goal)) for run in group)
+        n_settings[place] += 1
         if not math.isnan(mean) and not sign * mean > sign * cells[place]:
             cells[place] = mean
     if np.isnan(cells).all():
@@ -114,6 +116,7 @@ def heat_map(runs, x, y, z="val.loss", over="train.seed", at="last", goal="minim
     cut = bool(np.nanmin(cells) < low), bool(np.nanmax(cells) > high)
     figure.colorbar(picture, label=name + loss_unit(runs, z), extend=beyond[cut], aspect=30)
     notes = [f"means over {'seeds' if over == 'train.seed' else over}", "framed: the best"]
+    notes += ["each cell the best of other keys"] if n_settings.max() > 1 else []
     notes += ["crosses: failed or diverged"] if crosses.any() else []
     title = f"{name[0].upper()}{name[1:]}: {', '.join(notes)}"
     axes.set_title("\n".join(textwrap.wrap(title, int(8.5 * size[0]))), loc="left")
