@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +324,27 @@ def test_more_steps_after_a_kill_between_two_trials(plan, tmp_path):
     train.resume(directory / "trials" / "s001-seed1", {"train.max_steps": 20}, progress=Silent())
     shown = go(longer, directory)
     assert [name for name, _ in shown.lists[0]] == ["s000-seed0", "s000-seed1", "s001-seed0"]
+    go(longer, tmp_path / "at-once")
+    assert table(directory) == table(tmp_path / "at-once")
+
+
+def test_more_steps_of_a_trial_that_has_only_the_checkpoint_before_its_first(plan, tmp_path):
+    """A guard that rolls back keeps one there."""
+
+    class Broken(Silent):
+        def step(self, record):
+            raise RuntimeError("no")
+
+    options = {"schedule__name": "constant", "guard__policy": "rollback"}
+    short, longer = (plan(**options, train__max_steps=steps) for steps in (12, 20))
+    directory = tmp_path / "out"
+    go(short, directory)
+    trial = short.trials()[0]
+    shutil.rmtree(directory / "trials" / trial.name)
+    with pytest.raises(RuntimeError, match="no"):
+        train.Trainer(short.trial_config(trial, directory), progress=Broken()).fit()
+    assert sweep_results.trained(directory / "trials" / trial.name)["step"] == 0
+    go(longer, directory)
     go(longer, tmp_path / "at-once")
     assert table(directory) == table(tmp_path / "at-once")
 

@@ -553,6 +553,16 @@ def test_a_confirmed_best_is_called_so_when_the_data_separate_it_from_all_others
     assert "On the seeds that chose it, it had 2.100 ± 0.058.\n" in luckier["verdict"]
 
 
+def test_a_setting_that_was_not_compared_is_not_said_to_be_beaten(plan):
+    fresh = {i: [2.0 + i / 10 + seed / 100 + i * seed % 3 / 500 for seed in range(5)] for i in range(2)}
+    lost = {**fresh, 2: [2.5, None, 2.5, 2.5, 2.5]}
+    found = conclude(plan(4, fresh=range(10, 15)), SEARCH, lost)["verdict"]
+    assert "comes first of 3 confirmed settings; the data separate it from optim.lr = 0.001 only." in found
+    close = {**lost, 1: [2.0, 2.02, 2.01, 2.04, 2.03]}
+    found = conclude(plan(4, fresh=range(10, 15)), SEARCH, close)["verdict"]
+    assert "but the data do not separate it from optim.lr = 0.001.\n" in found
+
+
 def test_a_setting_that_loses_a_fresh_seed_is_confirmed_last_and_not_compared(plan):
     fresh = {0: [2.0, 2.1, 2.2], 1: [1.0, None, 1.0]}
     found = conclude(plan(4, fresh=[7, 8, 9]), SEARCH, fresh)

@@ -150,15 +150,16 @@ def fit_steps(order, directory):
     Returns
     -------
     str or None
-        "extended" or "anew"; None for a trial that has no step yet, or as many as wanted.
+        "extended" or "anew"; None for a trial that has no checkpoint yet, or as many steps as wanted.
     """
     run_dir, wanted = order.run_dir, order.config
     was = steps(run_dir)
     if was is None or was == wanted.train.max_steps:
         return None
-    done = trained(run_dir).get("step", 0)
-    if done == 0:
+    found = trained(run_dir)
+    if not found:
         return None
+    done = found.get("step", 0)  # 0: a checkpoint before the first, to roll back to
     wait_until_free(run_dir)
     if not _same_past(order, was, done):
         place = directory / EARLIER / f"{was}-steps"

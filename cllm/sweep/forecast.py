@@ -65,6 +65,7 @@ def forecast(sweep, directory, workers=None):
     workers = workers or max(1, kernels.get_num_threads() // sweep.config.threads)
     played = _played(sweep, directory)
     rows = _stages(sweep, played)
+    finished &= {job.trial.name for jobs in played for job in jobs}
     if finished:
         rows.append(("finished", f"{len(finished)} of these trials, in {directory}"))
     left = [[job for job in jobs if not _is_done(sweep, directory, job)] for jobs in played]

@@ -129,8 +129,10 @@ def _headline(sweep, name, n, n_others, differences):
         return f"Not decided, as {seeds} can hardly decide anything: {first}."
     if not apart:
         rest = "the other" + "s" * (n_others > 1)
+        if len(differences) < n_others:  # one has lost a seed, and is compared with none
+            rest = _names(sweep, [difference["against"] for difference in differences])
         return f"Not decided by {seeds}: {first}, but the data do not separate it from {rest}."
-    if len(apart) < len(differences):
+    if len(apart) < n_others:
         return f"Confirmed with {seeds}: {first}; the data separate it from {_names(sweep, apart)} only."
     return f"Confirmed with {seeds}: {name} is the best of {n_others + 1} confirmed settings."
 

@@ -30,7 +30,7 @@ def shown(value, error):
 
 def text(value):
     """A value of a setting as TOML would write it, strings without quotes."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def short(value):
