@@ -683,6 +683,35 @@ def test_contenders_count_the_steps_of_all_trials_also_of_failed_ones(tmp_path):
     assert adamw.get_ydata().tolist() == [2.5, 2.5, 2.25] and sgd.get_ydata().tolist() == [2.75, 2.5, 2.5]
     assert legend_texts(figure) == ["adamw: 2.25", "sgd: 2.5"]
     assert_tidy(figure)
+    other = figures.contenders(records.load(tmp_path), "optim.name", goal="maximize")
+    assert other.axes[0].get_lines()[0].get_ydata().tolist() == [2.75, 2.75, 2.75]
+    assert legend_texts(other) == ["sgd: 2.75", "adamw: 2.5"]
+
+
+def test_a_heat_map_frames_the_largest_where_more_is_better(grid_dir):
+    for goal, best in (("minimize", min), ("maximize", max)):
+        axes = figures.heat_map(records.load(grid_dir), "optim.lr", "model.n_embd", goal=goal).axes[0]
+        (frame,) = [patch for patch in axes.patches if not patch.get_fill()]
+        column, row = frame.get_x() + 0.5, frame.get_y() + 0.5
+        words = {text.get_position(): float(text.get_text()) for text in axes.texts}
+        assert words[column, row] == best(words.values())
+        shades = axes.collections[0].to_rgba(np.array(sorted(words.values())))[:, :3].sum(1)
+        assert (shades[0] > shades[-1]) == (goal == "minimize")  # the best is the palest
+
+
+def test_bars_of_sensitivity_are_standard_errors_over_seeds(tmp_path):
+    losses = {0: [2.5, 2.0, 2.25], 1: [2.25, 2.0, 2.25], 2: [2.0, 2.0, 2.75]}  # of a seed at the rates
+    settings = [{"optim.lr": lr} for lr in RATES]
+    write_sweep(tmp_path, settings, lambda s, seed: losses[seed][RATES.index(s["optim.lr"])], ["x = 1\n"])
+    curve, bars = figures.sensitivity(records.load(tmp_path)).axes
+    excess = np.array([0.25, 0.5 / 3, 0.25])
+    (container,) = [one for one in bars.containers if hasattr(one, "errorbar")]
+    ((low, _), (high, _)) = container.errorbar.lines[2][0].get_segments()[0]
+    assert (low + high) / 2 == pytest.approx(excess.mean())
+    assert (high - low) / 2 == pytest.approx(excess.std(ddof=1) / math.sqrt(3))
+    ends = curve.collections[0].get_paths()[0].vertices
+    at_first = ends[np.isclose(ends[:, 0], RATES[0]), 1]
+    assert at_first.min() == pytest.approx(2.0) and at_first.max() == pytest.approx(2.5)
 
 
 def summary_of(decided):

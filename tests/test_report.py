@@ -208,11 +208,14 @@ const button = table.querySelector("th button");
 const first = () => table.tBodies[0].rows[0].cells[0].textContent;
 button.click(); const up = first();
 button.click(); const down = first();
+const heads = [...table.tHead.rows[0].cells], steps = heads.findIndex(head => head.textContent === "step");
+heads[steps].querySelector("button").click();
+const order = [...table.tBodies[0].rows].map(row => Number(row.cells[steps].textContent));
 const wide = document.documentElement.scrollWidth - innerWidth;
 const svgs = [...document.querySelectorAll("svg")];
 const svg = svgs.length > 0 && svgs.every(one => one.getBoundingClientRect().width > 100);
 const ground = getComputedStyle(document.body).backgroundColor;
-document.title = JSON.stringify({up, down, wide, svg, ground});
+document.title = JSON.stringify({up, down, wide, svg, ground, order});
 </script>"""
 
 
@@ -235,5 +238,6 @@ def test_a_browser_shows_and_sorts_it(tmp_path):
         assert "CONSOLE" not in done.stderr
         found = json.loads(re.search(r"<title>(.*)</title>", done.stdout)[1].replace("&amp;", "&"))
         assert found["up"] != found["down"] and found["svg"] and found["wide"] <= 0
+        assert found["order"] == sorted(found["order"]) and found["order"][0] == 5  # by number: "20" < "5"
         grounds.add(found["ground"])
     assert len(grounds) == 2

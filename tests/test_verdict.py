@@ -553,6 +553,13 @@ def test_a_confirmed_best_is_called_so_when_the_data_separate_it_from_all_others
     assert "On the seeds that chose it, it had 2.100 ± 0.058.\n" in luckier["verdict"]
 
 
+def test_the_few_that_are_not_apart_are_named_and_not_the_many_that_are(plan):
+    fresh = {i: [2.0 + i / 10 + seed / 100 + i * seed % 3 / 500 for seed in range(5)] for i in range(3)}
+    fresh |= {1: [2.0, 2.02, 2.01, 2.04, 2.03], 3: [2.5, 2.53, 2.49, 2.55, 2.52]}
+    found = conclude(plan(4, fresh=range(10, 15)), SEARCH, fresh)["verdict"]
+    assert "first of 4 confirmed settings; the data separate it from all but optim.lr = 0.001.\n" in found
+
+
 def test_a_setting_that_was_not_compared_is_not_said_to_be_beaten(plan):
     fresh = {i: [2.0 + i / 10 + seed / 100 + i * seed % 3 / 500 for seed in range(5)] for i in range(2)}
     lost = {**fresh, 2: [2.5, None, 2.5, 2.5, 2.5]}

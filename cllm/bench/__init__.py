@@ -27,7 +27,7 @@ SIZED = ("step", "gemm", "memory")  # groups with a row for each size
 SECONDS = {
     "ceilings": (4, 4), "step": (60, 150), "gemm": (35, 60), "attention": (30, 50), "gelu": (4, 5),
     "ffn": (6, 12), "optimizer": (12, 30), "loss": (12, 35), "norm": (3, 4), "import": (3, 15),
-    "memory": (45, 90), "sweep": (300, 600), "growth": (20, 20),
+    "memory": (45, 90), "sweep": (240, 480), "growth": (20, 20),
 }  # fmt: skip
 COMPILE_SECONDS = 25  # of a size with a number of threads, the first time
 

@@ -35,12 +35,12 @@ def against(runs, x, y="val.loss", over="train.seed", at="last", goal="minimize"
     """A recorded value at the end of each run, against one key of their configs.
 
     There is one line for each setting of the other keys in which the runs differ: means over `over`, with
-    standard errors as bars, the single runs as small dots (both of at most 200 means), and a star on the
-    best mean. Where a run failed or diverged there is no mean: the other runs stay as dots, and a cross at
-    the top counts the failures. Diverged is a value that is NaN or, of a language model's loss, 5 % above
-    the first training loss. Runs without an end, such as those that a sweep dropped at a rung, are left
-    out. Settings that each have a value of x to themselves, as sampled ones have, are marks that nothing
-    joins, with one look for all that only numbers tell apart.
+    standard errors as bars, the single runs as small dots (both of at most 200 means), and a star on the best
+    mean of those with most runs. Where a run failed or diverged there is no mean: the other runs stay as
+    dots, and a cross at the top counts the failures. Diverged is a value that is NaN or, of a language
+    model's loss, 5 % above the first training loss. Runs without an end, such as those that a sweep dropped
+    at a rung, are left out. Settings that each have a value of x to themselves, as sampled ones have, are
+    marks that nothing joins, with one look for all that only numbers tell apart.
 
     Parameters
     ----------

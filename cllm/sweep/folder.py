@@ -9,13 +9,13 @@ from cllm import records, schedules
 from cllm.errors import InputError
 from cllm.files import rename, write_atomic
 from cllm.sweep.plan import ConfirmConfig, PruneConfig, Sweep, SweepConfig, numbered
-from cllm.sweep.results import read_table, trained
+from cllm.sweep.results import Result, read_table, trained
 from cllm.sweep.worker import wait_until_free
 from cllm.verdict import text
 
 __all__ = [
-    "EARLIER", "adopt", "contents", "fit_steps", "known_settings", "refuse_other_trial", "refuse_other_use",
-    "steps", "write_new", "write_settings",
+    "EARLIER", "adopt", "contents", "fit_steps", "found", "known_settings", "refuse_other_use", "write_new",
+    "write_settings",
 ]  # fmt: skip
 
 SETTINGS = "settings.json"  # the settings by number, as JSON
@@ -121,24 +121,37 @@ def write_new(path, content):
     write_atomic(path, content)
 
 
-# More steps ------------------------------------------------------------------------------------------
+# Trials that are there -------------------------------------------------------------------------------
 
 
-def steps(run_dir):
-    """The train.max_steps of a trial that is there, or None."""
-    return records.Run(run_dir).config.get("train.max_steps")
+def found(order):
+    """The `Result` of a trial as far as its files tell: nothing where it was to have other steps.
+
+    Raises
+    ------
+    InputError
+        When its folder holds a trained one of another setting or seed: the sweep's own files were removed.
+    """
+    try:
+        there = records.Run(order.run_dir).config
+    except InputError:  # damaged; training will say what is wrong with it
+        return Result(order.trial)
+    _refuse_other_trial(order, there)
+    if there.get("train.max_steps") == order.config.train.max_steps:
+        with suppress(InputError):
+            return order.found()
+    return Result(order.trial)
 
 
-def refuse_other_trial(order):
-    """Raise when a trial's folder holds one of another setting or seed: its sweep's own files are gone."""
-    there = {}
-    with suppress(InputError):  # of a damaged file; training will say what is wrong with it
-        there = records.Run(order.run_dir).config if trained(order.run_dir) else {}
+def _refuse_other_trial(order, there):
     here = configs.flatten(configs.to_dict(order.config))
-    keys = [key for key in (*order.trial.overrides, "train.seed") if key in here]
-    told = _difference(*({key: flat[key] for key in keys if key in flat} for flat in (there, here)))
-    if there and told:
+    keys = [key for key in (*order.trial.overrides, "train.seed") if key in here and key in there]
+    told = _difference({key: there[key] for key in keys}, {key: here[key] for key in keys})
+    if told and trained(order.run_dir):
         raise InputError(f"{order.run_dir} holds another trial: {told}; choose another folder: --run.dir DIR")
+
+
+# More steps ------------------------------------------------------------------------------------------
 
 
 def fit_steps(order, directory):
@@ -153,13 +166,13 @@ def fit_steps(order, directory):
         "extended" or "anew"; None for a trial that has no checkpoint yet, or as many steps as wanted.
     """
     run_dir, wanted = order.run_dir, order.config
-    was = steps(run_dir)
+    was = records.Run(run_dir).config.get("train.max_steps")
     if was is None or was == wanted.train.max_steps:
         return None
-    found = trained(run_dir)
-    if not found:
+    past = trained(run_dir)
+    if not past:
         return None
-    done = found.get("step", 0)  # 0: a checkpoint before the first, to roll back to
+    done = past.get("step", 0)  # 0: a checkpoint before the first, to roll back to
     wait_until_free(run_dir)
     if not _same_past(order, was, done):
         place = directory / EARLIER / f"{was}-steps"

@@ -11,11 +11,9 @@ import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 
@@ -29,8 +27,9 @@ from cllm.progress import Silent, duration, thousands
 from cllm.sweep import folder
 from cllm.sweep import space as spaces
 from cllm.sweep.engine import blas_threads
-from cllm.sweep.results import Result, read, read_table
-from cllm.sweep.stages import Job, stages
+from cllm.sweep.results import Result
+from cllm.sweep.stages import stages
+from cllm.sweep.worker import Order
 
 __all__ = ["forecast"]
 
@@ -61,43 +60,18 @@ def forecast(sweep, directory, workers=None):
     """
     folder.refuse_other_use(directory)
     sweep = folder.adopt(sweep, directory)
-    finished = _finished(sweep, directory)
     workers = workers or max(1, kernels.get_num_threads() // sweep.config.threads)
-    played = _played(sweep, directory)
+    played, there = _played(sweep, directory)
     rows = _stages(sweep, played)
-    finished &= {job.trial.name for jobs in played for job in jobs}
+    finished = {result.trial.name for result in there.values() if result.state == "finished"}
     if finished:
         rows.append(("finished", f"{len(finished)} of these trials, in {directory}"))
-    left = [[job for job in jobs if not _is_done(sweep, directory, job)] for jobs in played]
+    left = [[job for job in jobs if (job.trial.name, job.until) not in there] for jobs in played]
     if left := [jobs for jobs in left if jobs]:
         rows += _cost(sweep, left, min(workers, max(map(len, left))))
     else:
         rows.append(("time", "nothing is left to do"))
     return [*_listed(sweep), "", *(f"{label:9}{words}" for label, words in rows)]
-
-
-def _finished(sweep, directory):
-    """Names of the trials that have all of their steps."""
-    found = read_table(directory, sweep.settings)
-    return {
-        name
-        for name, result in found.items()
-        if result.state == "finished" and result.step == sweep.trial_config(result.trial).train.max_steps
-    }
-
-
-def _there(sweep, directory, job):
-    """What a trial's files tell of it up to where a job ends."""
-    config = sweep.trial_config(job.trial, directory)
-    with suppress(InputError):
-        if folder.steps(Path(config.run.dir)) == config.train.max_steps:
-            return read(sweep.config, job.trial, Path(config.run.dir), job.until)
-    return Result(job.trial)
-
-
-def _is_done(sweep, directory, job):
-    found = _there(sweep, directory, job)
-    return found.state == "finished" or (found.state, found.step) == ("paused", job.until)
 
 
 # Trials ----------------------------------------------------------------------------------------------
@@ -120,24 +94,30 @@ def _listed(sweep):
 
 
 def _played(sweep, directory):
-    """The lists of jobs that `stages` would give when results that are not there were chance."""
+    """The lists of jobs that `stages` would give when results that are not there were chance.
+
+    And those that are there, by trial's name and how far a job goes.
+    """
     settings = list(sweep.settings)
     if sweep.config.method == "tpe":  # points of its sequence stand for settings that are not proposed yet
         known = set(map(spaces.key, settings))
         more = spaces.sampled(sweep.blocks, "qmc", sweep.config.trials, sweep.config.sampler_seed)
         settings += [setting for setting in more if spaces.key(setting) not in known]
-    sweep, results, lists = replace(sweep, settings=settings), {}, []
+    sweep, results, lists, there = replace(sweep, settings=settings), {}, [], {}
 
     def value_at(trial, step):
-        found = _there(sweep, directory, Job(trial, step)).value
-        return random.Random(trial.setting).random() if found is None else found
+        known = there.get((trial.name, step))
+        return random.Random(trial.setting).random() if known is None else known.value
 
     for jobs in stages(sweep, results, value_at):
         lists.append(jobs)
         for trial, until in ((job.trial, job.until) for job in jobs):
+            order = Order(trial, sweep.trial_config(trial, directory), sweep.config, until)
+            if order.done(found := folder.found(order)):
+                there[trial.name, until] = found
             state, step = ("finished", 1) if until is None else ("paused", until)
             results[trial.name] = Result(trial, state, step, value_at(trial, until))
-    return lists
+    return lists, there
 
 
 def _stages(sweep, played):

@@ -171,11 +171,7 @@ class _Course:
 
     def _is_done(self, order):
         """Whether a trial has come so far in an earlier call; takes over what its files tell."""
-        name, found = order.trial.name, Result(order.trial)
-        folder.refuse_other_trial(order)
-        with suppress(InputError):  # of a damaged file; training will say what is wrong with it
-            if folder.steps(order.run_dir) == order.config.train.max_steps:
-                found = order.found()
+        name, found = order.trial.name, folder.found(order)
         if found.state == "failed":
             found = Result(order.trial)
             self.again.append(name)

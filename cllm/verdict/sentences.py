@@ -132,6 +132,9 @@ def _headline(sweep, name, n, n_others, differences):
         if len(differences) < n_others:  # one has lost a seed, and is compared with none
             rest = _names(sweep, [difference["against"] for difference in differences])
         return f"Not decided by {seeds}: {first}, but the data do not separate it from {rest}."
+    near = [difference["against"] for difference in differences if not difference["apart"]]
+    if len(differences) == n_others and 0 < len(near) < len(apart):
+        return f"Confirmed with {seeds}: {first}; the data separate it from all but {_names(sweep, near)}."
     if len(apart) < n_others:
         return f"Confirmed with {seeds}: {first}; the data separate it from {_names(sweep, apart)} only."
     return f"Confirmed with {seeds}: {name} is the best of {n_others + 1} confirmed settings."
