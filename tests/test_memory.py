@@ -1,15 +1,20 @@
 """Memory: flat over 10,000 calls of each kernel and over training steps, linear in attention's length."""
 
+import gc
 import json
 import statistics
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
 
 import cllm
+from cllm import config as configs
 from cllm.data import Examples, Tokens
+from cllm.progress import Silent
+from cllm.train import Trainer
 
 CALLS = 10_000
 # A process's pages come and go by a few dozen kilobytes; 16 bytes lost in each call would be 160.
@@ -171,6 +176,28 @@ def test_attention_is_linear_in_memory():
     # A query, key, value, their gradients and the result take 128 bytes each; the scores would take 64 kB.
     assert (large - middle) / (lengths[2] - lengths[1]) < 40 * 128
     assert (middle - small) / (lengths[1] - lengths[0]) < 40 * 128
+
+
+def test_a_run_that_is_over_gives_its_memory_back_at_once(tmp_path):
+    """A sweep's worker trains one after the other: what waits for Python's search for circles adds up."""
+    text, held = tmp_path / "text.txt", []
+    text.write_text("a sentence that comes again. " * 40)
+    keys = {"data.source": str(text), "model.n_layer": 1, "model.n_head": 1, "model.n_embd": 32}
+    keys |= {"model.block_size": 16, "train.batch_size": 4, "train.max_steps": 4, "train.grad_accum": 2}
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(2):
+            config = configs.load(None, {**keys, "run.dir": str(tmp_path / str(number))})
+            trainer = Trainer(config, progress=Silent())
+            trainer.fit()
+            arrays = [owner_of(x.data) for x in trainer.model.parameters()]
+            held += [weakref.ref(array) for array in arrays]
+            del trainer, arrays
+        left = sum(array() is not None for array in held)
+    finally:
+        gc.enable()
+    assert held and left == 0
 
 
 def owner_of(array):
