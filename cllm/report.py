@@ -137,7 +137,7 @@ def _settings(sweep, entries):
         if state == "pruned":
             state = f"pruned at step {entry['step']:,}"
             if entry["mean_at_rung"] is not None:
-                value, mean = f"{entry['mean_at_rung']:.5g} there", None
+                value, mean = f"{entry['mean_at_rung']:.5g} at step {entry['step']:,}", None
         row = [(f"{rank}", rank), (f"{entry['setting']}", entry["setting"])]
         row += [_value(entry["values"], key) for key in varied]
         row += [(_text(value), mean), _interval(entry), _text(entry["finished"]), _text(state)]

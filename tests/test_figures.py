@@ -1,6 +1,7 @@
 """Figures: what they show, checked on their matplotlib objects, and that nothing is cut or overlaps."""
 
 import math
+import shutil
 
 import matplotlib
 import numpy as np
@@ -688,6 +689,16 @@ def test_contenders_count_the_steps_of_all_trials_also_of_failed_ones(tmp_path):
     assert legend_texts(other) == ["sgd: 2.75", "adamw: 2.5"]
 
 
+def test_a_contender_of_which_nothing_came_to_the_end_says_so(tmp_path):
+    settings = [{"optim.name": name} for name in ("adamw", "sgd")]
+    write_sweep(
+        tmp_path, settings, lambda s, seed: 2.5 if s["optim.name"] == "sgd" else "pruned", ["x = 1\n"]
+    )
+    figure = figures.contenders(records.load(tmp_path), "optim.name")
+    assert " ".join(legend_texts(figure)).replace("\n", " ") == "sgd: 2.5 adamw: none came to the end"
+    assert_tidy(figure)
+
+
 def test_a_heat_map_frames_the_largest_where_more_is_better(grid_dir):
     for goal, best in (("minimize", min), ("maximize", max)):
         axes = figures.heat_map(records.load(grid_dir), "optim.lr", "model.n_embd", goal=goal).axes[0]
@@ -757,6 +768,23 @@ def test_rungs_show_who_was_dropped_and_count_who_failed(tmp_path):
     (kept,) = line_at(axes, "o")
     assert kept.get_xdata().tolist() == [20, 40, 60] and kept.get_ydata()[-1] == pytest.approx(2.0)
     assert title_of(figure).startswith("1 of 3 settings came to the end, 1 failed")
+    assert_tidy(figure)
+
+
+def test_rungs_mark_what_lies_above_the_axis(tmp_path):
+    settings = [{"optim.lr": lr} for lr in RATES]
+    write_sweep(tmp_path, settings, rung_end, ["x = 1\n"])
+    for seed in SEEDS:
+        path = tmp_path / "trials" / f"s000-seed{seed}"
+        shutil.rmtree(path)
+        write_run(path, {"optim.lr": 1e-3, "train.seed": seed}, 40.0, steps=20)
+        (path / "summary.json").unlink()
+    figure = figures.rungs(records.load(tmp_path), [20, 40])
+    (axes,) = figure.axes
+    top = axes.get_ylim()[1]
+    (mark,) = line_at(axes, "^")
+    assert top < 10 and mark.get_xdata().tolist() == [20] and mark.get_ydata().tolist() == [top]
+    assert "dropped above the axis, up to 40" in " ".join(legend_texts(figure)).replace("\n", " ")
     assert_tidy(figure)
 
 

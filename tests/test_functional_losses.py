@@ -272,9 +272,10 @@ def test_a_mask_is_an_ignore_index():
         ignored = F.cross_entropy(Tensor(x), TARGETS % 5, ignore_index=ignore_index, mask=target >= 0, **ALL)
         assert ignored.item() == F.cross_entropy(Tensor(x), target, **ALL).item()
     small = np.array([0, 1, 2, 3, 4], np.uint8)  # an integer type that does not hold the ignore_index
-    assert F.cross_entropy(Tensor(x), small, mask=MASK).item() == F.cross_entropy(
-        Tensor(x), np.where(MASK, small.astype(int), -100)
-    ).item()
+    assert (
+        F.cross_entropy(Tensor(x), small, mask=MASK).item()
+        == F.cross_entropy(Tensor(x), np.where(MASK, small.astype(int), -100)).item()
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (1, 3)])
@@ -524,9 +525,7 @@ def test_a_loss_during_a_backward_pass_leaves_the_gradient_alone(kernel, monkeyp
 def test_a_tied_table_adds_to_the_heads_gradient():
     head, plain = Head(), Tensor(Head().weight.data.astype(np.float64), requires_grad=True)
     losses_of(head, x=F.embedding(TOKENS, head.weight)).backward()
-    F.cross_entropy(
-        F.linear(F.embedding(TOKENS, plain), plain).reshape(6, 5), TOKENS.reshape(-1)
-    ).backward()
+    F.cross_entropy(F.linear(F.embedding(TOKENS, plain), plain).reshape(6, 5), TOKENS.reshape(-1)).backward()
     assert error(head.weight.grad, plain.grad) < 1e-6
 
 
@@ -633,7 +632,7 @@ def test_errors():
          {"mask": [True, False]}),
     ]  # fmt: skip
     for kind, message, arguments, options in cases:
-        message = message.replace('"max"', "'max', it must be \"mean\", \"sum\" or \"none\"")
+        message = message.replace('"max"', '\'max\', it must be "mean", "sum" or "none"')
         assert_refuses(kind, f"cross_entropy: {message}", F.cross_entropy, *arguments, **options)
     message = "cross_entropy_count: target[1, 1] is 4, it must be in [0, 4) or ignore_index, -100"
     assert_refuses(InputError, message, F.cross_entropy_count, target, np.ones(4))
@@ -666,7 +665,7 @@ def test_errors_of_elementwise_losses():
     for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"):
         message = f"{name}: input is (3, 4), target is (5,); they must broadcast"
         assert_refuses(InputError, message, getattr(F, name), x, values(5))
-        message = f"{name}: reduction is 'x', it must be \"mean\", \"sum\" or \"none\""
+        message = f'{name}: reduction is \'x\', it must be "mean", "sum" or "none"'
         assert_refuses(InputError, message, getattr(F, name), x, y, reduction="x")
     message = "mse_loss: target is a NoneType, it must be a Tensor or an array"
     assert_refuses(TypeError, message, F.mse_loss, x, None)

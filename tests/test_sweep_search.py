@@ -81,6 +81,9 @@ def test_a_range_with_a_step_is_a_list_in_a_grid(load):
         ('"model.n_layer" = {low = 1.5, high = 3, step = 1}', "has 1.5, the key takes whole numbers"),
         ('"optim.lr,schedule.min_lr" = {low = 0.1, high = 1}', "moves 2 keys together, which a range cannot"),
         ('"optim.lr" = 1\n"optim.lr , model.n_layer" = [[1, 2]]', "[[space]] 1 has optim.lr twice"),
+        ('"optim.lr" = [1e-3, 3e-3, 0.001]', '"optim.lr" lists 0.001 twice, each value can be there once'),
+        ('"model.n_embd,model.n_head" = [[8, 1], [8, 2], [8, 1]]', "lists [8, 1] twice"),
+        ("", "[[space]] 1 names no key: give it one"),
     ],
 )
 def test_bad_ranges_are_refused_in_one_sentence(load, line, message):
@@ -145,7 +148,7 @@ axes = st.one_of(
     st.builds(lambda low: {"low": low, "high": low + 7.5}, st.floats(0.1, 9)),
     st.builds(lambda low, log: {"low": low, "high": 8 * low, "log": log}, st.integers(1, 9), st.booleans()),
 )
-tables = st.dictionaries(st.sampled_from(["task.a", "task.b", "task.c"]), axes)
+tables = st.dictionaries(st.sampled_from(["task.a", "task.b", "task.c"]), axes, min_size=1)
 blocks = st.lists(tables, min_size=1, max_size=3)
 
 

@@ -501,7 +501,9 @@ def test_a_model_that_comes_in_eval_mode_is_trained_in_train_mode(tmp_path):
 
 def test_a_run_leaves_nothing_behind_in_a_users_file(folder):
     """Its variables are new in each run of a process, and the same for all that the run takes from it."""
-    (folder / "my.py").write_text(MINE + """
+    (folder / "my.py").write_text(
+        MINE
+        + """
 generator = np.random.default_rng(0)
 layer = nn.Linear(3, 2)
 made = []
@@ -517,7 +519,8 @@ def random(config):
     task.model = layer
     task.model.weight.data += generator.standard_normal((2, 3)).astype(np.float32)
     return task
-""")
+"""
+    )
     for name in "ab":
         fit(name, task__build="my.py:random", optim__name="my.py:Mine")
     with pytest.raises(Killed):
@@ -979,8 +982,11 @@ def test_a_sweep_goes_on_when_the_users_file_is_mended(folder, capsys):
 def test_a_trial_with_a_checkpoint_refuses_another_file(folder, capsys):
     text = SWEEP.format(objective="val.near").replace("[base.train]", "[base.train]\ncheckpoint_interval = 2")
     (folder / "sweep.toml").write_text(text)
-    bad = MINE.replace("def __call__(self, trainer, record):", """def __call__(self, trainer, record):
-        assert trainer.step < 5""")
+    bad = MINE.replace(
+        "def __call__(self, trainer, record):",
+        """def __call__(self, trainer, record):
+        assert trainer.step < 5""",
+    )
     (folder / "my.py").write_text(bad)
     words = ["sweep", "sweep.toml", "--run.dir", "s", "--workers", "1"]
     run_cllm(capsys, *words)

@@ -118,7 +118,8 @@ def loss_curves(runs, of=None):
     legend.append(Line2D([], [], **gray, linewidth=1.3, label="training, smoothed"))
     if raw:
         legend.append(Line2D([], [], **gray, linewidth=0.6, alpha=0.6, label="training, raw"))
-    legend.append(Line2D([], [], **gray, linestyle="--", label=SPLIT_NAMES.get(split, split) + over_seeds))
+    line = {"linestyle": "--"} if len(evaluated) > len(settings) else {"linestyle": "none", "marker": "o"}
+    legend.append(Line2D([], [], **gray, **line, label=SPLIT_NAMES.get(split, split) + over_seeds))
     add_legend(figure, legend, "outside right upper", 30)
     return figure
 

@@ -280,7 +280,7 @@ def contenders(runs, key, y="val.loss", over="train.seed", at="last", goal="mini
         style = "-" if index < MAX_LINES else "--"
         marker = MARKERS[index % MAX_LINES]
         color = palette(index % MAX_LINES)
-        last = "" if math.isnan(values[-1]) else f": {values[-1]:.4g}"
+        last = ": none came to the end" if math.isnan(values[-1]) else f": {values[-1]:.4g}"
         label = f"{text(name)}{last}"
         every = -(-len(steps) // 25)
         look = {"color": color, "marker": marker, "markevery": every, "label": label}
@@ -412,6 +412,14 @@ def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
     start = max((run.first("train", "loss") or math.nan for _, group in kept[:1] for run in group), default=0)
     if y.endswith(".loss") and start > 0:  # one that was on its way to diverge must not flatten the others
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.1 * start))
+    top = axes.get_ylim()[1]
+    above = last[last[:, 1] > top]
+    if len(above):
+        look = {"color": "0.35", "marker": "^", "markersize": 6, "linestyle": "none"}
+        axes.plot(above[:, 0], np.full(len(above), top), **look, clip_on=False, zorder=5)
+        handles.insert(
+            -1, Line2D([], [], **look, label=f"dropped above the axis, up to {above[:, 1].max():.4g}")
+        )
     title = f"{len(kept)} of {len(groups)} settings came to the end"
     title += f", {n_failed} failed" if n_failed else ""
     title += f"; the best {len(drawn)} of them, and all that were dropped" if len(kept) > len(drawn) else ""

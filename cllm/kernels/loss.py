@@ -325,9 +325,7 @@ def _check_head(function, x, weight, targets, class_weight, ignore_index, label_
             f"{function}: x is {x.shape}, targets is {targets.shape}; they must be (N, C) and (N,)"
         )
     # all targets, before the first chunk
-    numbers = check_targets(
-        function, "targets", targets, len(weight), ignore_index, label_smoothing, z_loss
-    )
+    numbers = check_targets(function, "targets", targets, len(weight), ignore_index, label_smoothing, z_loss)
     return check_class_weight(function, "class_weight", class_weight, len(weight)), *numbers
 
 
@@ -461,9 +459,7 @@ def linear_cross_entropy_both(
         function, "class_weight", class_weight, x=x, weight=weight, dlosses=dlosses
     )
     targets = checks.integers(function, "targets", targets)
-    numbers = _check_head(
-        function, x, weight, targets, class_weight, ignore_index, label_smoothing, z_loss
-    )
+    numbers = _check_head(function, x, weight, targets, class_weight, ignore_index, label_smoothing, z_loss)
     _check_rows(function, len(targets), dlosses=dlosses)
     out = (None, None) if out is None else out
     if not isinstance(out, (tuple, list)) or len(out) != 2:

@@ -34,7 +34,7 @@ class GradientBuffer:
     def __init__(self, named_parameters):
         self.parameters = dict(named_parameters)
         self._idle = []  # blocks of partial sums that are not in use, each laid out as the gradients are
-        # no reference to self: in such a circle weights stay till Python looks for circles, 6.5 MB a char trial
+        # no reference to self: in such a circle weights stay till Python looks for them, 6.5 MB a char trial
         first = next(iter(self.parameters.values()), None)
         self._tree = TreeSum(partial(_add, self._idle, first), partial(_copy, self._idle))
         self._held = set()  # the names that had a gradient in one of the leaves

@@ -182,6 +182,10 @@ def blocks(space, grid):
         raise InputError('there is no [[space]]: it lists what to vary, such as "optim.lr" = [1e-3, 3e-3]')
     found = []
     for number, block in enumerate(space, 1):
+        if not block:
+            raise InputError(
+                f'[[space]] {number} names no key: give it one, such as "optim.lr" = [1e-3, 3e-3]'
+            )
         axes = [_axis(keys, values, grid) for keys, values in block.items()]
         names = [name for axis in axes for name in axis.names]
         for name in names:
@@ -216,7 +220,14 @@ def _axis(keys, values, grid):
         values = [[value] for value in values]
     if not isinstance(values, list) or not all(isinstance(v, list) and len(v) == n for v in values):
         raise InputError(f'"{keys}" moves {n} keys together, it must be a list of lists of {n} values')
-    return Choices(names, _distinct(dict(zip(names, choice)) for choice in values))
+    choices = [dict(zip(names, choice)) for choice in values]
+    seen = set()
+    for choice in choices:
+        if key(choice) in seen:
+            shown = choice[names[0]] if n == 1 else list(choice.values())
+            raise InputError(f'"{keys}" lists {shown!r} twice, each value can be there once')
+        seen.add(key(choice))
+    return Choices(names, choices)
 
 
 def _range(names, table, grid):
