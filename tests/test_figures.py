@@ -768,6 +768,10 @@ def test_rungs_show_who_was_dropped_and_count_who_failed(tmp_path):
     (kept,) = line_at(axes, "o")
     assert kept.get_xdata().tolist() == [20, 40, 60] and kept.get_ydata()[-1] == pytest.approx(2.0)
     assert title_of(figure).startswith("1 of 3 settings came to the end, 1 failed")
+    assert "dropped at a rung or not at the end yet" in " ".join(legend_texts(figure)).replace("\n", " ")
+    prune = '[prune]\nmethod = "halving"\nsteps = [20, 40]\n'  # the table knows
+    write_sweep(tmp_path / "known", settings, rung_end, ['"optim.lr" = [0]\n'], prune)
+    assert "dropped at a rung" in legend_texts(dict(figures.drawn(tmp_path / "known"))["rungs"])
     assert_tidy(figure)
 
 
@@ -784,7 +788,7 @@ def test_rungs_mark_what_lies_above_the_axis(tmp_path):
     top = axes.get_ylim()[1]
     (mark,) = line_at(axes, "^")
     assert top < 10 and mark.get_xdata().tolist() == [20] and mark.get_ydata().tolist() == [top]
-    assert "dropped above the axis, up to 40" in " ".join(legend_texts(figure)).replace("\n", " ")
+    assert "above the axis, up to 40" in " ".join(legend_texts(figure)).replace("\n", " ")
     assert_tidy(figure)
 
 

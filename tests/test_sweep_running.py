@@ -17,6 +17,7 @@ import sweep_kills
 from cllm import checkpoint, config, files, kernels, records, saved, sweep, train
 from cllm.errors import InputError
 from cllm.progress import Lines, Silent
+from cllm.sweep import engine
 from cllm.sweep import results as sweep_results
 from cllm.sweep.engine import Processes, _Worker
 from cllm.sweep.worker import Order, died, wait_until_free
@@ -517,6 +518,22 @@ def test_a_worker_that_dies_before_it_begins_costs_nothing(plan, tmp_path):
     assert [message.state for message in told if isinstance(message, sweep.Result)] == ["finished"] * 3
     assert told[0] == {"step": 0, "isa": kernels.isa}
     assert not list(tmp_path.rglob("error.txt"))
+
+
+def test_a_trial_whose_workers_never_begin_has_failed(plan, tmp_path, monkeypatch):
+    started, told = [], []
+
+    class Counted(_Worker):
+        def __init__(self, threads):
+            started.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(engine, "_Worker", Counted)
+    monkeypatch.setattr(engine, "_work", id)  # a process that ends without a word
+    with Processes(1, 1) as processes:
+        processes.run([order_of(plan(), tmp_path)], lambda order, message: told.append(message))
+    assert [message.state for message in told] == ["failed"] and len(started) == engine.FALSE_STARTS + 1
+    assert told[0].error == "worker died: exit status 0"
 
 
 def test_a_worker_that_dies_when_its_trial_is_done_costs_nothing(plan, tmp_path):

@@ -343,6 +343,12 @@ def test_proposals_follow_from_seed_and_results_alone():
     assert blind.plan.settings[:16] == one.plan.settings[:16] and blind.plan.settings != one.plan.settings
 
 
+def test_blocks_of_tpe_draw_for_themselves():
+    plan = searched(1, blocks=2)
+    (first, again, second) = (tpe._Sampler(plan, place, 0, {})._proposal() for place in (0, 0, 1))
+    assert first == again and first["optim.lr"] != second["optim.lr"]
+
+
 def test_a_tpe_sweep_that_was_killed_proposes_the_same():
     whole = World(searched(28, blocks=2, seeds=(0, 1)), bowl)
     whole.run()

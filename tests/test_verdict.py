@@ -434,6 +434,18 @@ def test_pruned_settings_rank_below_complete_ones_by_the_rung_they_reached(plan)
     assert [entry["best"] for entry in found["budget"]][3:] == [None, *[pytest.approx(5.0333, abs=1e-3)] * 4]
 
 
+def test_the_budget_of_tpe_is_spent_in_the_order_of_the_numbers(plan):
+    """Each of its rounds has its own rungs: what is dropped in a later one does not come first."""
+    spent = {}
+    for method in ("random", "tpe"):
+        rungs = '[prune]\nmethod = "halving"\nsteps = [10, 50]\n'
+        made = plan(space=rungs + RANGES, method=method, trials=3)
+        dropped = [{"state": "pruned", "step": 10, "value": 3.0}] * 3
+        found = conclude(made, [[1.0, 1.1, 1.2], [2.0, 2.1, 2.2], dropped])
+        spent[method] = [(entry["setting"], entry["steps"]) for entry in found["budget"]]
+    assert spent == {"random": [(2, 30), (0, 330), (1, 630)], "tpe": [(0, 300), (1, 600), (2, 630)]}
+
+
 def test_trials_that_have_not_ended_are_not_failures(plan):
     made = plan(3)
     values = [[1.0, {"state": "running", "step": 40}, 1.0], [2.0, 2.1, 2.2], [None, None, None]]

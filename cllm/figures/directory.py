@@ -127,7 +127,7 @@ def _trials(path, config):
             # The trials of a setting differ in their seeds alone, and one file is read for all of them.
             of_setting = configs.get(number) or configs.setdefault(number, run.config)
             if of_setting:
-                state = row["state"] if row["state"] in ("finished", "failed") else "unfinished"
+                state = row["state"] if row["state"] in ("finished", "failed", "pruned") else "unfinished"
                 one = {**of_setting, "train.seed": seed}
                 found.append(Trial(run.path, one, state, step, judged, value))
     except InputError:  # of a trial's config.toml, which it names

@@ -20,7 +20,7 @@ class Trial(records.Run):
     config : dict
         Flat, as that of a run.
     state : str
-        "finished", "failed", or "unfinished": dropped at a rung or still going.
+        "finished", "failed", "pruned" at a rung, or "unfinished".
     step : int
     judged : tuple
         The objective, and at of the sweep.
@@ -99,7 +99,7 @@ def end(run, y, at, goal):
 
 def ended(runs):
     """The runs that have come to an end: neither dropped at a rung of a sweep nor still going."""
-    return [run for run in runs if run.state != "unfinished"]
+    return [run for run in runs if run.state in ("finished", "failed")]
 
 
 def mean_over(runs, over, y, at, goal):

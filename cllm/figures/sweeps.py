@@ -377,10 +377,13 @@ def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
     groups = by_setting(runs, over=(over,))
     for label, group in groups:
         states = {run.state for run in group}
-        if "failed" in states and "unfinished" not in states:
+        if "failed" in states and not states & {"pruned", "unfinished"}:
             n_failed += 1
         else:
             (kept if states == {"finished"} else dropped).append((label, group))
+    # a setting that still runs is in the table, but no run's own files tell that it was dropped
+    going = any(run.state == "unfinished" for _, group in dropped for run in group)
+    fate = "dropped at a rung or not at the end yet" if going else "dropped at a rung"
     brief = len(dropped) > MOST_PATHS
     paths = [_mean_path(group, y, last=brief) for _, group in dropped]
     ends = [float(np.mean([end(run, y, "last", goal) for run in group])) for _, group in kept]
@@ -404,7 +407,7 @@ def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
     for step in steps:
         axes.axvline(step, color="0.4", linewidth=0.9, linestyle=":", zorder=1)
     line = "none" if brief else "-"
-    handles.append(Line2D([], [], **{**cross, "color": "0.5"}, linestyle=line, label="dropped at a rung"))
+    handles.append(Line2D([], [], **{**cross, "color": "0.5"}, linestyle=line, label=fate))
     handles.append(Line2D([], [], color="0.4", linestyle=":", label="rung"))
     name = objective_name(y)
     axes.set_xlabel("step")
@@ -418,11 +421,11 @@ def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
         look = {"color": "0.35", "marker": "^", "markersize": 6, "linestyle": "none"}
         axes.plot(above[:, 0], np.full(len(above), top), **look, clip_on=False, zorder=5)
         handles.insert(
-            -1, Line2D([], [], **look, label=f"dropped above the axis, up to {above[:, 1].max():.4g}")
+            -1, Line2D([], [], **look, label=f"above the axis, up to {above[:, 1].max():.4g}")
         )
     title = f"{len(kept)} of {len(groups)} settings came to the end"
     title += f", {n_failed} failed" if n_failed else ""
-    title += f"; the best {len(drawn)} of them, and all that were dropped" if len(kept) > len(drawn) else ""
+    title += f"; the best {len(drawn)} of them, and all others" if len(kept) > len(drawn) else ""
     title += f"; means over {'seeds' if over == 'train.seed' else over}"
     axes.set_title("\n".join(textwrap.wrap(title, 62)), loc="left")
     add_legend(figure, handles, "outside right upper", 30)
