@@ -263,7 +263,8 @@ def test_feed_forward_refuses_bad_arguments():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (37, 65, 20), (300, 400, 3)])
 def test_linear_cross_entropy(shape, dtype, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 1)  # chunks of 128 rows: the last shape takes three
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss, "_CHUNK_ROWS", 128)  # the last shape takes three
     n, n_classes, channels = shape
     x, weight = values(n, channels, dtype=dtype), values(n_classes, channels, dtype=dtype, seed=1)
     targets = np.random.default_rng(2).integers(0, n_classes, n)

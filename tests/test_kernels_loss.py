@@ -442,7 +442,8 @@ def test_refuses_bad_options_before_anything_is_written():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (37, 65, 20), (300, 400, 3), (0, 5, 4)])
 def test_linear_cross_entropy_takes_class_weights_and_z_loss(shape, dtype, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 1)  # chunks of 128 rows: the third shape takes three
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss, "_CHUNK_ROWS", 128)  # the third shape takes three
     n, V, channels = shape
     x, weight = values(n, channels, dtype=dtype), values(V, channels, dtype=dtype, seed=1)
     dlosses, _, targets = problem((n, V), dtype)

@@ -19,8 +19,8 @@ static inline __attribute__((always_inline)) void NAME(tile_body)(
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++)
             sum[i][j] = (NAME(vec)){0};
-    /* The lines of c arrive while the sums are made. */
-    if (k >= 256)
+    /* The lines of c arrive while the sums are made; small products have them in a cache. */
+    if (k >= 256 || (add && k >= 64))
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 8
