@@ -107,6 +107,7 @@ FLOPS = {
     "linear_cross_entropy_backward": _linear_backward,
     "linear_cross_entropy_both": _linear_both,
     "cross_entropy_backward": lambda result, *args, **options: 4 * np.size(result),
+    "cross_entropy_both": lambda result, *args, **options: 6 * np.size(result[1]),
     "soft_cross_entropy_backward": lambda result, *args, **options: 5 * np.size(result),
     "muon_update": _muon,
     "array_statistics": lambda result, arrays: 8 * sum(map(np.size, arrays)),

@@ -378,6 +378,25 @@ def test_losses_are_summed_in_double():
     assert loss == np.float32(1e8 + 20_000 * np.log(2))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_gradient_of_logits_is_the_same_each_time(reduction):
+    """It is made along with the loss; a second backward pass, and one of a multiple, make it again."""
+    found = []
+    for factor in (1, 1, 3):
+        (x,) = inputs_of((5, 5))
+        loss = F.cross_entropy(x, TARGETS, reduction=reduction, mask=MASK, **ALL)
+        total = loss if reduction != "none" else loss.sum()
+        (total * factor if factor > 1 else total).backward(retain_graph=True)
+        found.append(x.grad.copy())
+        total.backward()
+    first, again, thrice = found
+    assert np.array_equal(first, again) and error(thrice, 3 * first) < 1e-14
+    assert np.array_equal(x.grad, thrice + first)
+    with cllm.no_grad():
+        without = F.cross_entropy(x, TARGETS, reduction=reduction, mask=MASK, **ALL)
+    assert np.array_equal(without.data, loss.data)
+
+
 def test_linear_cross_entropy_is_cross_entropy_of_linear():
     x, w = inputs_of((2, 3, 4), (5, 4))
     target = np.array([[0, 1, -100], [4, 4, 2]])

@@ -472,6 +472,40 @@ def test_linear_cross_entropy_takes_class_weights_and_z_loss(shape, dtype, monke
             both(dlosses, x, weight, targets, out=out, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 65), (0, 5), (2900, 2901)])  # of 33 MB a gradient is streamed
+def test_cross_entropy_both_is_forward_and_backward(shape, dtype):
+    n, V = shape
+    dlosses, logits, targets = problem(shape, dtype)
+    options = {"weight": weights_of(V, dtype), "z_loss": 0.01, "label_smoothing": 0.1}
+    losses, lse = kernels.cross_entropy_forward(logits, targets, **options)
+    wanted = kernels.cross_entropy_backward(dlosses, logits, targets, lse, **options)
+    room = np.full(n * V + 2, 9, dtype)  # one element away from any alignment
+    again, dlogits = kernels.cross_entropy_both(
+        dlosses, logits, targets, out=room[1:-1].reshape(shape), **options
+    )
+    assert np.array_equal(again, losses) and dlogits.base is room and room[0] == room[-1] == 9
+    assert_close((dlogits,), (wanted,), dtype)
+    assert_same_at_any_thread_count(lambda: kernels.cross_entropy_both(dlosses, logits, targets, **options))
+    kept = dlogits.copy()
+    assert kernels.cross_entropy_both(dlosses, logits, targets, out=logits, **options)[1] is logits
+    assert np.array_equal(logits, kept)
+
+
+def test_cross_entropy_both_refuses_what_the_forward_pass_does():
+    call, logits = kernels.cross_entropy_both, np.zeros((3, 5), np.float32)
+    dlosses, targets = np.ones(3, np.float32), np.array([0, 4, 1])
+    message = "cross_entropy_both: targets[1] is 5, it must be in [0, 5) or ignore_index, -100"
+    assert_refuses(ValueError, message, call, dlosses, logits, [0, 5, 1])
+    message = "cross_entropy_both: dlosses is (2,), it must be (3,)"
+    assert_refuses(ValueError, message, call, dlosses[:2], logits, targets)
+    message = "cross_entropy_both: logits is float32 but dlosses is float64; all must have one dtype"
+    assert_refuses(TypeError, message, call, np.ones(3), logits, targets)
+    wrong = np.zeros((3, 4), np.float32)
+    message = "cross_entropy_both: out is (3, 4), it must be (3, 5)"
+    assert_refuses(ValueError, message, call, dlosses, logits, targets, out=wrong)
+
+
 # Element by element ----------------------------------------------------------------------------------
 
 # The last crosses blocks and threads.

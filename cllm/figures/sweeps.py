@@ -420,9 +420,7 @@ def rungs(runs, steps, y="val.loss", over="train.seed", goal="minimize"):
     if len(above):
         look = {"color": "0.35", "marker": "^", "markersize": 6, "linestyle": "none"}
         axes.plot(above[:, 0], np.full(len(above), top), **look, clip_on=False, zorder=5)
-        handles.insert(
-            -1, Line2D([], [], **look, label=f"above the axis, up to {above[:, 1].max():.4g}")
-        )
+        handles.insert(-1, Line2D([], [], **look, label=f"above the axis, up to {above[:, 1].max():.4g}"))
     title = f"{len(kept)} of {len(groups)} settings came to the end"
     title += f", {n_failed} failed" if n_failed else ""
     title += f"; the best {len(drawn)} of them, and all others" if len(kept) > len(drawn) else ""

@@ -86,27 +86,6 @@ def _count(target, weight, ignore_index):
     return np.count_nonzero(counted) if weight is None else weight[target[counted]].sum(dtype=np.float64)
 
 
-def _refused(error, function, target, n_classes, name, weight, ignore_index, label_smoothing, z_loss):
-    """A kernel's error in the caller's words: a target is named with its position in the caller's shape."""
-    try:
-        check_targets(function, "target", target, n_classes, ignore_index, label_smoothing, z_loss)
-        check_class_weight(function, name, weight, n_classes)
-    except (TypeError, ValueError) as named:
-        error = named
-    return error if isinstance(error, TypeError) else InputError(str(error))
-
-
-def _counted(losses, target, weight, ignore_index, reduction):
-    """The losses, the targets for the backward pass and what the reduction divides by.
-
-    When nothing counts the mean is taken as if each row were ignored: no NaN comes to loss or gradient.
-    """
-    count = _count(target, weight, ignore_index) if reduction == "mean" else 1
-    if count > 0:
-        return losses, target, count
-    return np.zeros_like(losses), np.full_like(target, ignore_index), 1
-
-
 def _is_soft(target):
     return isinstance(target, Tensor) or np.asarray(target).dtype.kind == "f"
 
@@ -189,15 +168,29 @@ def cross_entropy(
     options["ignore_index"] = ignore_index
     x = _as_rows(x, n_classes)
     logits, targets = x.data, target.reshape(-1)
-    try:
-        losses, lse = kernels.cross_entropy_forward(logits, targets, **options)
-    except (TypeError, ValueError) as error:
-        raise _refused(error, function, target, n_classes, "weight", **options) from None
-    losses, targets, count = _counted(losses, targets, options["weight"], ignore_index, reduction)
+    with _input_errors():  # of the kernels' errors a target's position is not that in the caller's shape
+        check_targets(function, "target", target, n_classes, ignore_index, label_smoothing, z_loss)
+        check_class_weight(function, "weight", options["weight"], n_classes)
+    count = _count(target, options["weight"], ignore_index) if reduction == "mean" else 1
+    if not count > 0:  # as if each row were ignored: no NaN comes to loss or gradient
+        targets, count = np.full_like(targets, ignore_index), 1
+    ready = None
+    if reduction != "none" and is_grad_enabled() and x.requires_grad:
+        ones = np.full(len(targets), 1 / count, x.dtype)  # the losses' gradients when the result's is 1
+        losses, ready = kernels.cross_entropy_both(ones, logits, targets, **options)
+    else:
+        losses, _ = kernels.cross_entropy_forward(logits, targets, **options)
     out, rows = _reduced(losses, shape, reduction, count)
 
     def backward(grad):
-        return (kernels.cross_entropy_backward(rows(grad), logits, targets, lse, **options),)
+        nonlocal ready
+        dlogits, ready = ready, None
+        if dlogits is None:  # a second time over the same graph, or a gradient for each loss
+            dlosses = rows(grad) if reduction == "none" else np.full(len(targets), 1 / count, logits.dtype)
+            _, dlogits = kernels.cross_entropy_both(dlosses, logits, targets, **options)
+        if reduction != "none" and grad != 1:
+            kernels.scale_(dlogits, float(grad))
+        return (dlogits,)
 
     return record(out, (x,), backward)
 

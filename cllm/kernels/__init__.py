@@ -52,6 +52,7 @@ from cllm.kernels.loss import (
     bce_with_logits_backward,
     bce_with_logits_forward,
     cross_entropy_backward,
+    cross_entropy_both,
     cross_entropy_forward,
     huber_backward,
     huber_forward,

@@ -181,6 +181,52 @@ def cross_entropy_backward(
     return out
 
 
+def cross_entropy_both(
+    dlosses, logits, targets, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, out=None
+):
+    """`cross_entropy_forward` and its gradient in one pass over the logits.
+
+    Parameters
+    ----------
+    dlosses : (N,) array
+        The gradient of each row's loss.
+    logits, targets, weight, ignore_index, label_smoothing, z_loss
+        As in the forward pass.
+    out : (N, V) array, optional
+        For dlogits; may be `logits` itself, which is then overwritten.
+
+    Returns
+    -------
+    losses : (N,) array
+        The bits of the forward pass alone.
+    dlogits : (N, V) array
+        As from `cross_entropy_backward`, but for rounding.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `cross_entropy_forward`; also when dtypes are mixed.
+    """
+    function = "cross_entropy_both"
+    in_place = out is not None and out is logits
+    arrays = _floats(function, "weight", weight, dlosses=dlosses, logits=logits)
+    dlosses, logits, weight = arrays
+    targets = checks.integers(function, "targets", targets)
+    _check_logits(function, logits, targets=targets)
+    numbers = check_targets(
+        function, "targets", targets, logits.shape[1], ignore_index, label_smoothing, z_loss
+    )
+    _check_rows(function, len(targets), dlosses=dlosses)
+    mean_weight = check_class_weight(function, "weight", weight, logits.shape[1])
+    inputs = (dlosses, targets, weight) if in_place else (*arrays, targets)
+    out = checks.result(function, out, logits.shape, logits.dtype, inputs)
+    losses = empty(targets.shape, logits.dtype)
+    _loss.cross_entropy_both(
+        dlosses, logits, targets, weight, mean_weight, *numbers, losses, out, threads.count
+    )
+    return losses, out
+
+
 def _soft_options(function, logits, probabilities, weight, label_smoothing, z_loss, mask):
     """weight, its mean, mask and the two numbers as the kernels take them, after all checks."""
     n, n_classes = logits.shape if logits.ndim == 2 else (0, 0)
@@ -292,8 +338,8 @@ def soft_cross_entropy_backward(
 # Head and cross-entropy ------------------------------------------------------------------------------
 
 # Logits in memory at a time: 2 M elements (8 MB in float32), 6 % of 4096 x 8192, or 256 rows. For each chunk
-# the weight is read twice from memory, its gradient once and written: (1024, 50257, 768) takes 902 ms in chunks of
-# 96 rows (9 % of the logits), 812 of 128, 743 of 192, 730 of 256.
+# the weight is read twice from memory, its gradient once and written: (1024, 50257, 768) takes 902 ms in
+# chunks of 96 rows (9 % of the logits), 812 of 128, 743 of 192, 730 of 256.
 _CHUNK_ELEMENTS, _CHUNK_ROWS = 2 << 20, 256
 
 
@@ -480,7 +526,7 @@ def linear_cross_entropy_both(
     for rows in chunks:
         logits = _logits(x, weight, rows, chunk)
         _loss.cross_entropy_both(
-            dlosses[rows], logits, targets[rows], class_weight, *numbers, losses[rows], threads.count
+            dlosses[rows], logits, targets[rows], class_weight, *numbers, losses[rows], logits, threads.count
         )
         if needs[0]:
             _gemm.linear_backward_input(logits, weight, dx[rows], threads.count)
