@@ -105,6 +105,9 @@ def cross_entropy(
 ):  # fmt: skip
     """The negative log-likelihood of target under softmax(input).
 
+    Where a gradient will be wanted, "mean" and "sum" of integer targets compute it along with the losses,
+    while a row of logits is in a cache; `backward` only scales it.
+
     When nothing counts ("mean" would divide by 0: every target ignored or masked, or of weight 0) the mean
     is 0 and so are the gradients. That is the one difference from torch, which returns NaN.
 
