@@ -326,8 +326,11 @@ class Lifecycle:
 
 def user_files(config):
     """The user's files that a configuration names, with their SHA-256."""
-    named = (config.task.build, config.task.run, config.optim.name, config.model.attention)
-    return userfile.digests(name for name in named if userfile.is_reference(name))
+    named = {
+        "task.build": config.task.build, "task.run": config.task.run, "optim.name": config.optim.name,
+        "model.attention": config.model.attention,
+    }  # fmt: skip
+    return userfile.digests({key: name for key, name in named.items() if userfile.is_reference(name)})
 
 
 def _refuse_used(run_dir, held=False):

@@ -86,7 +86,7 @@ def forget():
     _MODULES.clear()
 
 
-def digest(reference, what="the reference"):
+def digest(reference, what):
     """The SHA-256 of the file that ``"file.py:name"`` names, as hexadecimal digits.
 
     It covers this one file, not what the file imports. Raises as `load` does, but runs nothing.
@@ -96,8 +96,8 @@ def digest(reference, what="the reference"):
 
 
 def digests(references):
-    """The SHA-256 of each file that the references name: {path as written: hexadecimal digits}."""
-    return {str(_parts(reference, "the reference")[0]): digest(reference) for reference in references}
+    """The SHA-256 of each file that {what: reference} name: {path as written: hexadecimal digits}."""
+    return {str(_parts(name, what)[0]): digest(name, what) for what, name in references.items()}
 
 
 def keep(files, folder):

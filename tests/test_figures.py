@@ -7,9 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scipy import stats
 
 from cllm import figures, records, sweep
 from cllm.errors import InputError
+from cllm.figures import style
 from cllm.sweep import results
 
 LRS = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
@@ -775,6 +777,61 @@ def test_rungs_show_who_was_dropped_and_count_who_failed(tmp_path):
     assert_tidy(figure)
 
 
+def test_what_was_trained_beyond_the_rung_that_dropped_it_is_not_drawn(tmp_path):
+    """As when a sweep gets its rungs after it has ended."""
+    settings = [{"optim.lr": lr} for lr in RATES]
+    prune = '[prune]\nmethod = "halving"\nsteps = [20, 40]\n'
+    write_sweep(tmp_path, settings, rung_end, ['"optim.lr" = [0]\n'], prune)
+    for seed in SEEDS:
+        path = tmp_path / "trials" / f"s000-seed{seed}"
+        shutil.rmtree(path)
+        write_run(path, {"optim.lr": 1e-3, "train.seed": seed}, 2.25, steps=60)
+    (axes,) = dict(figures.drawn(tmp_path))["rungs"].axes
+    (crosses,) = line_at(axes, "x")
+    assert crosses.get_xdata().tolist() == [20]
+
+
+def test_figures_of_what_a_sweep_was_do_not_stay(tmp_path):
+    settings = [{"optim.lr": lr} for lr in RATES]
+    prune = '[prune]\nmethod = "halving"\nsteps = [20, 40]\n'
+    write_sweep(tmp_path, settings, rung_end, ['"optim.lr" = [0]\n'], prune)
+    figures.for_directory(tmp_path)
+    folder = tmp_path / "figures"
+    assert (folder / "rungs.png").exists() and (folder / "rungs.svg").exists()
+    (folder / "mine.png").write_bytes(b"a user's own")
+    before = (tmp_path / "sweep.toml").read_text()
+    (tmp_path / "sweep.toml").write_text(before.replace(prune, ""))
+    written = figures.for_directory(tmp_path)
+    assert sorted(folder.iterdir()) == sorted([*written, folder / "mine.png"])
+    assert not any("rungs" in path.name for path in written)
+
+
+@pytest.mark.parametrize("text", ["x =", "x = 1", "[sweep]\nseeds = [0]", "sweep = 1"])
+def test_a_damaged_sweep_is_said_to_be_one(tmp_path, text):
+    (tmp_path / "sweep.toml").write_text(text)
+    with pytest.raises(InputError, match=r"sweep\.toml is damaged"):
+        figures.for_directory(tmp_path)
+
+
+def test_names_that_do_not_fit_below_an_axis_are_turned_and_numbers_left_out():
+    for words in (True, False):
+        figure = Figure(figsize=(3, 2))
+        axes = figure.subplots()
+        axes.set_xlim(0, 5)
+        style.ticks_at(axes, range(6), [f"name of number {i}" for i in range(6)], words=words)
+        labels = [label for label in axes.get_xticklabels() if label.get_visible()]
+        assert {label.get_rotation() for label in labels} == {30.0 if words else 0.0}
+        assert len(labels) == 6 if words else 1 <= len(labels) < 6
+
+
+def test_the_legend_shows_validation_as_it_is_drawn(tmp_path):
+    for steps, marker, line in ((4, "o", "None"), (60, "None", "--")):
+        path = tmp_path / str(steps)
+        write_run(path, {"optim.lr": 1e-3, "train.seed": 0}, 2.0, steps=steps)
+        handle = figures.loss_curves(records.load(path)).legends[0].legend_handles[-1]
+        assert (handle.get_marker(), handle.get_linestyle()) == (marker, line)
+
+
 def test_rungs_mark_what_lies_above_the_axis(tmp_path):
     settings = [{"optim.lr": lr} for lr in RATES]
     write_sweep(tmp_path, settings, rung_end, ["x = 1\n"])
@@ -822,6 +879,26 @@ def test_the_intervals_of_fit_power_law_hold_the_truth_as_often_as_they_say(alph
             assert low < own < high
             held[name] += low < true < high
     assert all(88 <= n <= 100 for n in held.values())  # 95 expected, of standard deviation 2.2
+
+
+def test_at_the_ends_of_its_intervals_a_power_law_fits_worse_by_as_much_as_it_should():
+    sizes = np.geomspace(1e3, 1e7, 9)
+    losses = 1.5 + (2e4 / sizes) ** 0.4 + np.random.default_rng(3).normal(0, 0.02, 9)
+    fit, relative = figures.fit_power_law(sizes, losses), sizes / 2e4
+
+    def squares(alpha, E=None):
+        """The least sum of squares with this alpha, and with this E if given."""
+        x = np.stack([np.ones(9), relative**-alpha], 1)
+        if E is None:
+            return np.sum((x @ np.linalg.lstsq(x, losses, rcond=None)[0] - losses) ** 2)
+        return np.sum((x[:, 1] * (x[:, 1] @ (losses - E) / (x[:, 1] @ x[:, 1])) - (losses - E)) ** 2)
+
+    alphas = np.linspace(0.05, 2, 20_000)
+    limit = min(map(squares, alphas)) * (1 + stats.t.ppf(0.975, 6) ** 2 / 6)
+    for end in fit.interval("alpha"):
+        assert squares(end) == pytest.approx(limit, rel=1e-3)
+    for end in fit.interval("E"):
+        assert min(squares(alpha, end) for alpha in alphas) == pytest.approx(limit, rel=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 5], [0, 1, 2, 3, 4, 5]])

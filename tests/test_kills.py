@@ -176,9 +176,10 @@ def test_records_that_are_older_than_the_checkpoint_are_told_of(config, tmp_path
 def test_what_a_kill_left_of_a_users_file_goes(tmp_path):
     mine, folder = tmp_path / "my.py", tmp_path / "files"
     mine.write_text("x = 1\n")
-    assert killed_child(2, "half", lambda: userfile.keep(userfile.digests([f"{mine}:x"]), folder))
+    found = userfile.digests({"optim.name": f"{mine}:x"})
+    assert killed_child(2, "half", lambda: userfile.keep(found, folder))
     assert [files.is_temporary(path.name) for path in folder.iterdir()] == [True]
-    userfile.keep(userfile.digests([f"{mine}:x"]), folder)
+    userfile.keep(found, folder)
     assert [path.read_text() for path in folder.iterdir()] == ["x = 1\n"]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ import sweep_kills
 from cllm import checkpoint, config, files, kernels, records, saved, sweep, train
 from cllm.errors import InputError
 from cllm.progress import Lines, Silent
-from cllm.sweep import engine
+from cllm.sweep import engine, folder, worker
 from cllm.sweep import results as sweep_results
 from cllm.sweep.engine import Processes, _Worker
 from cllm.sweep.worker import Order, died, wait_until_free
@@ -520,6 +521,39 @@ def test_a_worker_that_dies_before_it_begins_costs_nothing(plan, tmp_path):
     assert not list(tmp_path.rglob("error.txt"))
 
 
+def test_a_users_file_that_is_not_there_is_no_trials_failure(plan, tmp_path):
+    (tmp_path / "gone.py").write_text("")
+    found = plan(space='[[space]]\n"model.attention" = ["fused", "gone.py:Mine"]\n')
+    (tmp_path / "gone.py").unlink()
+    with pytest.raises(InputError, match=r"model\.attention names .*gone\.py, which cannot be read"):
+        go(found, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_one_that_was_asked_for_it_tells_its_test_value(plan, tmp_path, monkeypatch):
+    order = order_of(plan(), tmp_path)
+    result = sweep.Result(order.trial, "finished", 12, 1.0, test=2.0)
+    monkeypatch.setattr(worker, "read", lambda *arguments: result)
+    assert order.found().test is None and order.found().state == "finished"
+    monkeypatch.setattr(worker, "tested", lambda *arguments: {"loss": 2.0})
+    assert replace(order, test=True).found() == result
+
+
+def test_a_past_of_fewer_steps_counts_where_nothing_would_have_been_otherwise(plan, tmp_path):
+    def same(done, was=10, at="last", **overrides):
+        order = order_of(plan(f'at = "{at}"', train__max_steps=20, **overrides), tmp_path)
+        return folder._same_past(order, was, done)
+
+    constant = {"schedule__name": "constant"}
+    assert same(10, **constant) and not same(10)  # a cosine of 10 steps is another
+    assert not same(10, **constant, train__patience=2)  # 10 was evaluated as the last step alone
+    assert same(12, was=12, **constant, train__patience=2)
+    assert not same(10, at="best", **constant) and same(12, was=12, at="best", **constant)
+    order = order_of(plan(train__max_steps=20, **constant), tmp_path)
+    own = replace(order.config, task=replace(order.config.task, run="own.py:train"))
+    assert not folder._same_past(replace(order, config=own), 10, 10)
+
+
 def test_a_trial_whose_workers_never_begin_has_failed(plan, tmp_path, monkeypatch):
     started, told = [], []
 
@@ -599,8 +633,12 @@ def test_confirmed_trials_alone_are_measured_on_test_and_once(plan, tmp_path, mo
     before = snapshot(directory)
     assert go(confirmed, directory).lists == []
     assert snapshot(directory) == before
-    (directory / "trials" / looked[0] / "test.json").unlink()  # killed before it was written
+    measured = directory / "trials" / looked[0] / "test.json"
+    measured.unlink()  # killed before it was written
     assert go(confirmed, directory).lists == [[(looked[0], None)]]
+    for damaged in ("{", "[1]", '{"a": 1}'):
+        measured.write_text(damaged)
+        assert go(confirmed, directory).lists == [[(looked[0], None)]]
     after = snapshot(directory)
     assert all(after[path] == time for path, time in before.items() if path.name == "metrics.jsonl")
     assert json.loads((directory / "summary.json").read_text())["confirmed"][0]["test"] == entry["test"]

@@ -519,6 +519,38 @@ def test_what_is_finished_already_takes_no_time(tiny, tmp_path, costs):
         sweep.forecast(tiny(ONE.replace("1e-3", "1e-2")), out)
 
 
+def test_what_is_known_decides_in_a_forecast(load, tmp_path, monkeypatch):
+    rates = [1e-4, 2e-4, 4e-4, 1e-3, 2e-3, 4e-3]
+    losses = [2.5, 4.0, 2.25, 3.5, 2.75, 4.5]
+    plan = load(f"""
+        [sweep]
+        seeds = [0]
+        [prune]
+        method = "halving"
+        steps = [100]
+        [base.train]
+        max_steps = 200
+        eval_interval = 100
+        [[space]]
+        "optim.lr" = {rates}
+    """)
+    unknown = set()
+
+    def found(order):
+        number, until = order.trial.setting, order.until
+        if number in unknown:
+            return sweep.Result(order.trial)
+        return sweep.Result(order.trial, "paused" if until else "finished", until or 200, losses[number])
+
+    monkeypatch.setattr(forecasting.folder, "found", found)
+    lists, there = forecasting._played(plan, tmp_path)
+    assert [[job.trial.setting for job in jobs] for jobs in lists] == [[0, 1, 2, 3, 4, 5], [0, 2, 4]]
+    assert len(there) == 9
+    unknown.add(5)  # by chance it is no better than the best that is known
+    lists, _ = forecasting._played(plan, tmp_path)
+    assert {0, 2} <= {job.trial.setting for job in lists[1]}
+
+
 def test_what_cannot_be_known_is_said(tiny, load, tmp_path, costs, monkeypatch):
     def fail(config):
         raise MemoryError("out of memory")

@@ -66,10 +66,10 @@ def test_a_config_files_reference_is_looked_for_beside_it(mine, monkeypatch):
 
 def test_digest_is_the_files_sha256(mine):
     sha256 = hashlib.sha256(MINE.encode()).hexdigest()
-    assert userfile.digest("my.py:Pair") == sha256
-    both = userfile.digests(["my.py:Pair", "my.py:runs", "neighbour.py:n"])
+    assert userfile.digest("my.py:Pair", "optim.name") == sha256
+    both = userfile.digests({"a": "my.py:Pair", "b": "my.py:runs", "c": "neighbour.py:n"})
     assert both.keys() == {"my.py", "neighbour.py"}
-    assert userfile.digests(["my.py:Pair"]) == {"my.py": sha256}
+    assert userfile.digests({"optim.name": "my.py:Pair"}) == {"my.py": sha256}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_is_a_reference():
 
 
 def test_copies_are_kept_and_a_change_is_refused_with_the_way_on(mine):
-    files = userfile.digests(["my.py:Pair"])
+    files = userfile.digests({"optim.name": "my.py:Pair"})
     folder = mine.parent / "kept"
     userfile.keep({"neighbour.py": "0" * 64}, folder)
     userfile.keep(files, folder)

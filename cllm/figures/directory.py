@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import math
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,12 @@ from cllm.figures.scaling import LEAST_SIZES, scaling_law
 from cllm.figures.style import MAX_LINES, STYLE, short
 from cllm.figures.sweeps import contenders, differences, heat_map, rungs, sensitivity
 from cllm.verdict import text
+
+# Names of the figures that `drawn` gives.
+OWN = (
+    r".+-against-.+|.+-over-.+-and-.+|contenders-.+|sensitivity|differences|rungs|scaling_law|"
+    r"(loss|metric)_curves"
+)
 
 __all__ = ["drawn", "for_directory", "save", "to_svg"]
 
@@ -61,8 +68,13 @@ def for_directory(path, out=None):
     list of Path
         The files written: a PNG and an SVG of each figure.
     """
-    out = Path(out) if out is not None else Path(path) / "figures"
-    return [written for name, figure in drawn(path) for written in save(figure, out / name)]
+    folder = Path(out) if out is not None else Path(path) / "figures"
+    found = [written for name, figure in drawn(path) for written in save(figure, folder / name)]
+    if out is None:  # what an earlier call drew of a sweep that was another then
+        for old in folder.iterdir():
+            if old not in found and old.suffix in (".png", ".svg") and re.fullmatch(OWN, old.stem):
+                old.unlink()
+    return found
 
 
 def drawn(path):
@@ -93,8 +105,15 @@ def drawn(path):
     """
     path, of = Path(path), None
     if (path / "sweep.toml").is_file():
-        sweep = tomllib.loads((path / "sweep.toml").read_text(encoding="utf-8"))
-        how = {"y": sweep["sweep"]["objective"], "at": sweep["sweep"]["at"], "goal": sweep["sweep"]["goal"]}
+        try:
+            sweep = tomllib.loads((path / "sweep.toml").read_text(encoding="utf-8"))
+            how = {
+                "y": sweep["sweep"]["objective"],
+                "at": sweep["sweep"]["at"],
+                "goal": sweep["sweep"]["goal"],
+            }
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path / 'sweep.toml'} is damaged: no sweep has written it like this") from None
         runs = _trials(path, sweep["sweep"])
         if not all(math.isnan(end(run, **how)) for run in runs):
             yield from _of_sweep(path, sweep, runs, how)

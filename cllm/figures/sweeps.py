@@ -438,8 +438,10 @@ def _mean_path(group, y, last=False):
         if last and isinstance(run, Trial) and run.judged[0] == y:
             series.append({} if math.isnan(run.value) else {run.step: run.value})
         else:
-            known = y in run.names()
-            series.append(dict(zip(*map(list, run.series(split, metric)))) if known else {})
+            at, values = map(list, run.series(split, metric)) if y in run.names() else ([], [])
+            # One that was dropped may have records beyond: it was trained before there were rungs.
+            end = run.step if run.state == "pruned" else math.inf
+            series.append({step: value for step, value in zip(at, values) if step <= end})
     steps = sorted(set.intersection(*map(set, series)))
     return steps, [float(np.mean([one[step] for one in series])) for step in steps]
 

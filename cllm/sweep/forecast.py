@@ -106,8 +106,11 @@ def _played(sweep, directory):
     sweep, results, lists, there = replace(sweep, settings=settings), {}, [], {}
 
     def value_at(trial, step):
-        known = there.get((trial.name, step))
-        return random.Random(trial.setting).random() if known is None else known.value
+        if known := there.get((trial.name, step)):
+            return known.value
+        at = [found.value for (_, until), found in there.items() if until == step and found.value is not None]
+        chance = random.Random(trial.setting)
+        return chance.uniform(min(at), max(at)) if at else chance.random()
 
     for jobs in stages(sweep, results, value_at):
         lists.append(jobs)

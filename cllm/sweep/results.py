@@ -145,9 +145,9 @@ def tested(config, run_dir, step):
     """What a trial of so many steps has reached on the test split, or None when that was not looked at."""
     try:
         found = json.loads((run_dir / TEST).read_bytes())
-    except (FileNotFoundError, ValueError):  # a damaged one tells nothing
+        return found if (found["step"], found["checkpoint"]) == (step, config.at) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one tells nothing
         return None
-    return found if (found["step"], found["checkpoint"]) == (step, config.at) else None
 
 
 # results.csv -----------------------------------------------------------------------------------------

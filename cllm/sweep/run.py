@@ -281,6 +281,8 @@ class _Course:
     def _prepare(self, orders):
         """Tokenise and cache each text once, before workers want it; check that blocks fit it.
 
+        A user's file that cannot be read is an error here too, not that of each trial which names it.
+
         Returns
         -------
         bool
@@ -288,6 +290,7 @@ class _Course:
         """
         before = len(self.prepared)
         for order in orders:
+            user_files(order.config)
             needs = (order.config.data, order.config.model.block_size)
             # A task's data is its own business.
             if order.config.task.key is None and needs not in self.prepared:
