@@ -480,7 +480,9 @@ def _fits(value, option):
         parts = typing.get_args(option)
         if parts[-1] is Ellipsis:  # a list of any length; one value stands for a list of one
             return all(_fits(part, parts[0]) for part in _listed(value))
-        return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        return (
+            isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        )
     if typing.get_origin(option) is typing.Literal:
         return isinstance(value, str) and value in typing.get_args(option)
     return isinstance(value, option)
@@ -516,13 +518,8 @@ def _named(option):
         return f"a list of {len(parts)} {'values' if str in parts else 'numbers'}"
     if _choices(option):
         return " or ".join(f'"{choice}"' for choice in _choices(option))
-    return {
-        int: "an integer",
-        float: "a finite number",
-        bool: "true or false",
-        str: "a string",
-        list: "a list",
-    }[option]
+    return {int: "an integer", float: "a finite number", bool: "true or false", str: "a string",
+            list: "a list"}[option]
 
 
 def _shown(value):

@@ -37,7 +37,9 @@ def swiglu(gate, up):
     """silu(gate) up (Shazeer 2020).  gate, up : Tensors of one shape."""
     gate, up = as_tensor(gate), as_tensor(up)
     a, b = gate.data, up.data
-    return record(kernels.swiglu_forward(a, b), (gate, up), lambda grad: kernels.swiglu_backward(grad, a, b))
+    return record(
+        kernels.swiglu_forward(a, b), (gate, up), lambda grad: kernels.swiglu_backward(grad, a, b)
+    )
 
 
 def tanh(input):
