@@ -675,15 +675,7 @@ def _elementwise_loss(name, torch_name, options=({},), **inputs):
 
 
 def _optimizer(
-    name,
-    torch_name,
-    compute,
-    *options,
-    shape="N M",
-    largest=3,
-    large=23001,
-    steps=5,
-    calls=None,
+    name, torch_name, compute, *options, shape="N M", largest=3, large=23001, steps=5, calls=None,
     hard=(1e4, None),
 ):
     """An update, applied `steps` times."""

@@ -627,7 +627,9 @@ def bce_with_logits_forward(input, target, weight=None, pos_weight=None):
     """-weight (pos_weight target log(sigmoid(input)) + (1 - target) log(1 - sigmoid(input)))."""
     input, target = _float64(input, target)
     weight, pos_weight = (1 if array is None else _float64(array)[0] for array in (weight, pos_weight))
-    return weight * (pos_weight * target * np.logaddexp(0, -input) + (1 - target) * np.logaddexp(0, input))
+    return weight * (
+        pos_weight * target * np.logaddexp(0, -input) + (1 - target) * np.logaddexp(0, input)
+    )
 
 
 def bce_with_logits_backward(dlosses, input, target, weight=None, pos_weight=None):

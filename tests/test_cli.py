@@ -346,7 +346,9 @@ def runs(trained):
         ("replay run --step 0", "'0' is not a whole number of at least 1"),
     ],
 )
-def test_bad_input_of_runs_that_are_stopped_watched_and_measured(cllm, runs, monkeypatch, words, expected):
+def test_bad_input_of_runs_that_are_stopped_watched_and_measured(
+    cllm, runs, monkeypatch, words, expected
+):
     monkeypatch.chdir(runs)
     before = contents(runs)
     assert_one_sentence(cllm(*words.split()), expected)

@@ -394,8 +394,8 @@ def test_what_is_not_finite_reaches_only_what_depends_on_it(kind, bad, name):
     elif kind != "causal":
         mask = make_mask(kind, (1, 2, 100, 100), np.float32, 3)
         nothing = False if kind == "bool" else -np.inf
-        mask[..., 7] = nothing  # a key that none sees
-        mask[:, 0, 63] = nothing  # a query that sees none
+        mask[..., 7] = nothing      # a key that none sees
+        mask[:, 0, 63] = nothing    # a query that sees none
         options = {"mask": mask}
     for positions in ((0,), (7, 63), (64, 99)):
         arrays = dict(zip(("q", "k", "v", "dout"), problem(1, 2, 100, 100, 5, np.float32, G=1)))

@@ -85,7 +85,7 @@ def write_sweep(directory, names=("adamw", "sgd"), confirm=True):
         path.mkdir(parents=True)
         lines = [
             f"[optim]\nlr = {trial.overrides['optim.lr']}",
-            f'[data]\ntokenizer = "char"\nsource = {json.dumps(trial.overrides["data.source"])}',
+            f"[data]\ntokenizer = \"char\"\nsource = {json.dumps(trial.overrides['data.source'])}",
             f"[train]\nseed = {trial.seed}\n",
         ]
         (path / "config.toml").write_text("\n".join(lines), encoding="utf-8")

@@ -232,17 +232,14 @@ def test_a_metric_can_be_the_objective(write, tmp_path):
 
 def test_users_files_are_found_beside_the_sweep_and_its_base(write, tmp_path, monkeypatch):
     (tmp_path / "my.py").write_text("def build(config, a=1): ...\ndef other(config, a=2): ...\n")
-    path = write(
-        """
+    path = write("""
         [sweep]
         objective = "val.x"
         [[space]]
         "task.build" = ["my.py:build", "my.py:other"]
         [[space]]
         "task.a,task.build" = [[3, "my.py:other"]]
-    """,
-        base="",
-    )
+    """, base="")
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))
     plan = sweep.Sweep.load(path)

@@ -100,7 +100,9 @@ def kaiming_uniform_(tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", gene
 
 def kaiming_normal_(tensor, a=0, mode="fan_in", nonlinearity="leaky_relu", generator=None):
     """Fill from N(0, std^2), std = gain / sqrt(fan) (He et al. 2015); arguments as `kaiming_uniform_`."""
-    return normal_(tensor, 0.0, _kaiming_std("kaiming_normal_", tensor, a, mode, nonlinearity), generator)
+    return normal_(
+        tensor, 0.0, _kaiming_std("kaiming_normal_", tensor, a, mode, nonlinearity), generator
+    )
 
 
 def orthogonal_(tensor, gain=1, generator=None):
