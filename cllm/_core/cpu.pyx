@@ -2,6 +2,20 @@
 
 cdef extern from *:
     """
+    #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+    #include <cpuid.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    /* Tiles are there (CPUID leaf 7: AMX-BF16, AMX-TILE) and Linux lets this process use them: it wants to be asked,
+     * since signal frames grow by 8 kB (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA). */
+    static int cllm_tiles_permitted(void) {
+        unsigned int a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & d >> 24 & 1
+            && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    }
+    #else
+    static int cllm_tiles_permitted(void) { return 0; }
+    #endif
     #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
     static int cllm_cpu_level(void) {
         __builtin_cpu_init();
@@ -17,9 +31,11 @@ cdef extern from *:
     #endif
     """
     int cllm_cpu_level()
+    int cllm_tiles_permitted()
 
 
 def supported_isas():
     """Names of the kernel variants that this CPU can run, the best first."""
     level = cllm_cpu_level()
-    return [name for name, needs in (("x86-64-v4", 4), ("x86-64-v3", 3), ("portable", 1)) if level >= needs]
+    names = [name for name, needs in (("x86-64-v4", 4), ("x86-64-v3", 3), ("portable", 1)) if level >= needs]
+    return ["x86-64-v4-amx", *names] if level == 4 and cllm_tiles_permitted() else names

@@ -27,6 +27,6 @@ def _choose():
     return wanted
 
 
-#: The variant in use.
+#: The variant in use. The one with tiles has matrix products alone; the rest is that of the plain AVX-512.
 isa = _choose()
-__path__.insert(0, str(_here / isa))
+__path__[:0] = [str(_here / isa), *([str(_here / "x86-64-v4")] if isa == "x86-64-v4-amx" else [])]

@@ -4,7 +4,8 @@ K is cut into blocks and B's block is packed into panels as wide as a register t
 this work); then each thread takes blocks of rows of A, small enough for its L2 cache, and runs the
 tiles of `tile.h` over all panels. Blocks of K depend on K and on whether A is packed (as for dW, but for that
 of a single output), and an element is summed along K by one tile at a time in the order of k: the bits depend
-neither on the thread count nor on how M and N are cut.
+neither on the thread count nor on how M and N are cut. With the tiles of AMX, float32 products that are large enough
+go another way (`split.h`), with the same promise.
 """
 cimport numpy as cnp
 from cython cimport floating
@@ -35,6 +36,17 @@ cdef extern from *:
     """
     bint CLLM_OPENMP
     void wait_for_all "CLLM_BARRIER"() nogil    # a prange inside of `parallel` does not wait at its end
+
+cdef extern from "split.h" nogil:
+    const bint SPLIT "CLLM_SPLIT"           # whether this instruction set has the tiles
+    Py_ssize_t cllm_split_bytes(Py_ssize_t k)
+    void cllm_split_begin()
+    void cllm_split_end()
+    void cllm_split_pack(int rows, const float* x, Py_ssize_t stride, Py_ssize_t ks, Py_ssize_t n, Py_ssize_t count,
+                         char* out)
+    bint cllm_split_fits(const char* a, const char* b, Py_ssize_t count)
+    void cllm_split_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t count, const char* a, const char* b, float* c,
+                          Py_ssize_t ldc, const float* add, Py_ssize_t ldadd, const float* bias)
 
 OPENMP = bool(CLLM_OPENMP)              # whether the kernels were built with threads
 
@@ -145,6 +157,9 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     """
     cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
     n_threads = useful_threads(<double>M * N * max(K, 1), SERIAL_BELOW, n_threads)
+    if floating is float:
+        if SPLIT and N * K >= SPLIT_FROM:
+            return split_product(M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
     if flipped:
         return shares(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
     return shares(False, M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
@@ -301,6 +316,127 @@ cdef void part(bint flipped, Py_ssize_t i, Py_ssize_t j, Py_ssize_t m, Py_ssize_
     row_block(flipped, m, n, k, a + i * ars, ars, acs, panels, width, panel_step, c + at, ldc,
               add + at_add if add is not NULL else NULL, ldadd,
               bias + (i if flipped else j) if bias is not NULL else NULL, packed)
+
+
+# Float32 products on tiles of bfloat16 ---------------------------------------------------------------
+
+cdef enum:
+    GROUP = 32                          # rows of A, or columns of B, that are packed together
+    SPLIT_K = 384                       # steps of K in a block: 72 kB a group
+    SPLIT_GROUPS = 8                    # groups in a slice, which stays in L2 beside one of the kept operand
+    SPLIT_KEPT = 4096                   # rows or columns that are kept at a time: bounds the scratch memory
+cdef Py_ssize_t SPLIT_FROM = 2048       # elements of B: by the shape of the weights alone, so that a row of A gives the
+                                        # same bits alone and among others
+cdef Py_ssize_t SPLIT_OWN = 65536       # elements of a kept operand that each thread packs for itself
+
+
+cdef int split_product(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, const float* a, Py_ssize_t ars, Py_ssize_t acs,
+                       const float* b, Py_ssize_t brs, Py_ssize_t bcs, float* c, Py_ssize_t ldc,
+                       const float* add, Py_ssize_t ldadd, const float* bias, int n_threads) noexcept nogil:
+    """`gemm` on the tiles of `split.h`: the smaller operand is packed whole, the other a slice at a time."""
+    cdef bint keep_b = N <= M
+    cdef Py_ssize_t kept = N if keep_b else M, streamed = M if keep_b else N
+    cdef Py_ssize_t kept_is = bcs if keep_b else ars, kept_ks = brs if keep_b else acs
+    cdef Py_ssize_t n_k = ceil_div(K, SPLIT_K)
+    cdef Py_ssize_t k_block = round_up(ceil_div(K, n_k), GROUP)
+    cdef Py_ssize_t size = cllm_split_bytes(k_block)
+    cdef Py_ssize_t n_slices = ceil_div(streamed, SPLIT_GROUPS * GROUP * n_threads) * n_threads
+    cdef Py_ssize_t slice = round_up(ceil_div(streamed, n_slices), GROUP)
+    cdef Py_ssize_t chunk = min(<Py_ssize_t>SPLIT_KEPT, kept), groups = ceil_div(chunk, GROUP)
+    cdef bint own = chunk * k_block <= SPLIT_OWN
+    cdef Py_ssize_t each = slice // GROUP * size + plain_bytes(k_block)
+    cdef Py_ssize_t k0, k, j0, j, n, task, task_size
+    cdef const float* start
+    cdef const float* source
+    cdef char* scratch
+    cdef char* mine
+    cdef char* packed
+    if M == 0 or N == 0:
+        return 0
+    scratch = <char*>cllm_scratch(groups * size * (n_threads if own else 1) + each * n_threads)
+    if scratch is NULL:
+        return -1
+    n_slices = ceil_div(streamed, slice)
+    for j0 from 0 <= j0 < kept by chunk:
+        n = min(chunk, kept - j0)
+        for k0 from 0 <= k0 < K by k_block:
+            k = min(k_block, K - k0)
+            start = add if k0 == 0 else c
+            source = (b if keep_b else a) + j0 * kept_is + k0 * kept_ks
+            with parallel(num_threads=n_threads, use_threads_if=n_threads > 1):
+                cllm_split_begin()
+                packed = scratch + each * n_threads
+                if own:
+                    packed = packed + threadid() * groups * size
+                    cllm_split_pack(not keep_b, source, kept_is, kept_ks, n, k, packed)
+                else:
+                    for j in prange(ceil_div(n, GROUP), schedule="static"):
+                        cllm_split_pack(not keep_b, source + j * GROUP * kept_is, kept_is, kept_ks,
+                                        min(<Py_ssize_t>GROUP, n - j * GROUP), k, packed + j * cllm_split_bytes(k))
+                    wait_for_all()
+                mine = scratch + each * threadid()
+                for task in prange(n_slices, schedule="static"):
+                    task_size = min(slice, streamed - task * slice)
+                    if keep_b:
+                        split_slice(True, task_size, n, k, a + task * slice * ars + k0 * acs, ars, acs,
+                                    source, brs, bcs, packed, mine,
+                                    c + task * slice * ldc + j0, ldc,
+                                    start + task * slice * (ldadd if k0 == 0 else ldc) + j0 if start is not NULL else NULL,
+                                    ldadd if k0 == 0 else ldc,
+                                    bias + j0 if bias is not NULL and k0 + k == K else NULL)
+                    else:
+                        split_slice(False, n, task_size, k, source, ars, acs,
+                                    b + task * slice * bcs + k0 * brs, brs, bcs, packed, mine,
+                                    c + j0 * ldc + task * slice, ldc,
+                                    start + j0 * (ldadd if k0 == 0 else ldc) + task * slice if start is not NULL else NULL,
+                                    ldadd if k0 == 0 else ldc,
+                                    bias + task * slice if bias is not NULL and k0 + k == K else NULL)
+                cllm_split_end()
+    return 0
+
+
+cdef inline Py_ssize_t plain_bytes(Py_ssize_t k) noexcept nogil:
+    """Scratch of `plain_block` for k steps: a panel of B and a block of A."""
+    return round_up((NV * VBYTES + round_up(GROUP, A_PANEL) * <Py_ssize_t>sizeof(float)) * k, 64)
+
+
+cdef void split_slice(bint keep_b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t k, const float* a, Py_ssize_t ars,
+                      Py_ssize_t acs, const float* b, Py_ssize_t brs, Py_ssize_t bcs, const char* packed, char* mine,
+                      float* c, Py_ssize_t ldc, const float* add, Py_ssize_t ldadd,
+                      const float* bias) noexcept nogil:
+    """c (M, N) for a slice of A's rows (keep_b) or of B's columns, which is packed first, and all that is kept."""
+    cdef Py_ssize_t size = cllm_split_bytes(k), streamed = M if keep_b else N, kept = N if keep_b else M
+    cdef Py_ssize_t s, t, i, j, m, n
+    cdef const char* left
+    cdef const char* right
+    cdef char* plain = mine + ceil_div(streamed, GROUP) * size
+    cllm_split_pack(keep_b, a if keep_b else b, ars if keep_b else bcs, acs if keep_b else brs, streamed, k, mine)
+    for s in range(ceil_div(kept, GROUP)):
+        for t in range(ceil_div(streamed, GROUP)):
+            i = (t if keep_b else s) * GROUP
+            j = (s if keep_b else t) * GROUP
+            m = min(<Py_ssize_t>GROUP, M - i)
+            n = min(<Py_ssize_t>GROUP, N - j)
+            left = mine + t * size if keep_b else packed + s * size
+            right = packed + s * size if keep_b else mine + t * size
+            if cllm_split_fits(left, right, k):
+                cllm_split_block(m, n, k, left, right, c + i * ldc + j, ldc,
+                                 add + i * ldadd + j if add is not NULL else NULL, ldadd,
+                                 bias + j if bias is not NULL else NULL)
+            else:
+                plain_block(m, n, k, a + i * ars, ars, acs, b + j * bcs, brs, bcs, c + i * ldc + j, ldc,
+                            add + i * ldadd + j if add is not NULL else NULL, ldadd,
+                            bias + j if bias is not NULL else NULL, <float*>plain)
+
+
+cdef void plain_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const float* a, Py_ssize_t ars, Py_ssize_t acs,
+                      const float* b, Py_ssize_t brs, Py_ssize_t bcs, float* c, Py_ssize_t ldc, const float* add,
+                      Py_ssize_t ldadd, const float* bias, float* scratch) noexcept nogil:
+    """The block of a GROUP of rows and one of columns in vectors: for values that the tiles would lose."""
+    cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(float)
+    pack_panel(b, brs, bcs, k, n, width, scratch)
+    row_block(False, m, n, k, a, ars, acs, <const float*>scratch, width, 0, c, ldc, add, ldadd, bias,
+              scratch + width * k)
 
 
 cdef int product(cnp.ndarray a, bint a_transposed, cnp.ndarray b, bint b_transposed, cnp.ndarray out,
