@@ -27,7 +27,8 @@ from cllm import kernels, reference
 from cllm.kernels import loss
 
 # (rows, outputs, inputs): ones; a vocabulary of 65; no multiple of a tile; several blocks of each. Of threads
-# shares of dW's inputs; and of rows when dW's operand is a packed panel (float32, float64); common packing.
+# shares of dW's inputs; and of rows when dW's operand is a packed panel (float32, float64); common packing. Then,
+# for tiles of bfloat16: one row and one column more than groups; several slices and blocks of K; common packing.
 SHAPES = [
     (1, 1, 1),
     (3, 65, 5),
@@ -41,6 +42,9 @@ SHAPES = [
     (300, 96, 64),
     (300, 96, 32),
     (400, 400, 700),
+    (33, 513, 65),
+    (600, 97, 1000),
+    (300, 600, 130),
 ]
 
 
@@ -84,7 +88,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype):
     whole = kernels.linear_forward(x, weight, bias)
     for start, stop in ((0, 1), (5, 18), (40, 101)):
         assert same_bits(kernels.linear_forward(x[start:stop], weight, bias), whole[start:stop].copy())
-    assert same_bits(kernels.linear_forward(x, weight[60:67], bias[60:67]), whole[:, 60:67].copy())
+    assert same_bits(kernels.linear_forward(x, weight[60:99], bias[60:99]), whole[:, 60:99].copy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,14 +186,58 @@ def test_matmul_refuses_bad_arguments():
     assert_refuses(TypeError, message, kernels.matmul, a, b.astype(np.float64))
 
 
-def test_not_a_number_reaches_its_own_row_and_column_only():
-    x, weight = values(40, 70, dtype=np.float32), values(90, 70, dtype=np.float32)
+@pytest.mark.parametrize("outputs", [90, 900])
+def test_not_a_number_reaches_its_own_row_and_column_only(outputs):
+    x, weight = values(40, 70, dtype=np.float32), values(outputs, 70, dtype=np.float32)
     x[17, 3] = np.nan
     weight[65, 5] = np.inf
     bad = ~np.isfinite(kernels.linear_forward(x, weight))
-    expected = np.zeros((40, 90), bool)
+    expected = np.zeros((40, outputs), bool)
     expected[17] = expected[:, 65] = True
     assert np.array_equal(bad, expected)
+
+
+def test_sums_are_exact_to_a_few_roundings():
+    """Of sum |a||b|; a rounding is 2^-24."""
+    rng = np.random.default_rng(0)
+    for M, N, K in ((70, 40, 900), (40, 900, 70), (300, 300, 2000)):
+        a, b = (np.float32(rng.lognormal(0, 1, s) * rng.choice([-1, 1], s)) for s in ((M, K), (K, N)))
+        exact, scale = np.float64(a) @ b, np.abs(np.float64(a)) @ np.abs(b)
+        for x in (a, a.T.copy().T):
+            for y in (b, b.T.copy().T):
+                assert np.max(np.abs(kernels.matmul(x, y) - exact) / scale) < 2.0**-20
+
+
+def test_products_of_two_numbers_are_exact_to_a_rounding():
+    """Of a diagonal matrix each sum has one term: none of the mantissa's 24 bits is missing."""
+    rng = np.random.default_rng(0)
+    diagonal, b = np.float32(rng.uniform(1, 2, 200)), np.float32(rng.uniform(-2, -1, (200, 300)))
+    exact = np.float64(diagonal)[:, None] * b
+    for y in (b, b.T.copy().T):
+        assert np.max(np.abs(kernels.matmul(np.diag(diagonal), y) / exact - 1)) < 2.0**-23
+    assert np.max(np.abs(kernels.matmul(b.T.copy(), np.diag(diagonal)) / exact.T - 1)) < 2.0**-23
+
+
+def test_products_of_any_magnitude():
+    """Also where bfloat16 parts would be flushed to zero or overflow: 32 rows and columns of each scale."""
+    rows = [0, 1e-42, 1e-36, 1e-31, 1e-20, 1, 1e10, 1e18, 1e20, 1e30, 1e37]
+    columns = [0, 1e-41, 1e-33, 1e-12, 1, 1e12, 1e20, 1e35]
+    rng = np.random.default_rng(1)
+    with np.errstate(over="ignore", under="ignore"):
+        a = np.float32(rng.uniform(0.5, 1, (32 * len(rows), 200)) * np.repeat(rows, 32)[:, None])
+        b = np.float32(rng.uniform(-1, -0.5, (200, 32 * len(columns))) * np.repeat(columns, 32))
+        exact = np.float64(a) @ np.float64(b)
+    result = kernels.matmul(a, b)
+    fits = np.abs(exact) < 3e38
+    assert np.array_equal(np.isneginf(result), ~fits)
+    error = np.abs(np.where(fits, result, 0) - np.where(fits, exact, 0)) - 200 * 2.0**-149
+    assert np.all(error <= 2.0**-19 * np.abs(exact))  # flushed parts would be 2^-8 and more
+
+
+def test_more_rows_and_columns_than_are_packed_at_a_time():
+    a, b = values(4150, 16, dtype=np.float32), values(16, 4150, dtype=np.float32, seed=1)
+    assert_close(kernels.matmul(a, b), reference.matmul(a, b), np.float32)
+    assert_same_at_any_thread_count(lambda: kernels.matmul(a, b))
 
 
 # Feed-forward and head -------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ K is cut into blocks and B's block is packed into panels as wide as a register t
 this work); then each thread takes blocks of rows of A, small enough for its L2 cache, and runs the
 tiles of `tile.h` over all panels. Blocks of K depend on K and on whether A is packed (as for dW, but for that
 of a single output), and an element is summed along K by one tile at a time in the order of k: the bits depend
-neither on the thread count nor on how M and N are cut. With the tiles of AMX, float32 products that are large enough
-go another way (`split.h`), with the same promise.
+neither on the thread count nor on how M and N are cut. With the tiles of AMX, float32 products with weights that are
+large enough go another way (`split.h`), for which the same holds.
 """
 cimport numpy as cnp
 from cython cimport floating
@@ -158,7 +158,7 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
     n_threads = useful_threads(<double>M * N * max(K, 1), SERIAL_BELOW, n_threads)
     if floating is float:
-        if SPLIT and N * K >= SPLIT_FROM:
+        if SPLIT and (M * N if acs != 1 else N * K) >= SPLIT_FROM:
             return split_product(M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
     if flipped:
         return shares(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
@@ -325,8 +325,10 @@ cdef enum:
     SPLIT_K = 384                       # steps of K in a block: 72 kB a group
     SPLIT_GROUPS = 8                    # groups in a slice, which stays in L2 beside one of the kept operand
     SPLIT_KEPT = 4096                   # rows or columns that are kept at a time: bounds the scratch memory
-cdef Py_ssize_t SPLIT_FROM = 2048       # elements of B: by the shape of the weights alone, so that a row of A gives the
-                                        # same bits alone and among others
+# Elements of the weight from which tiles are used: while a core uses them, everything on it runs 13 to 20 % slower,
+# so that a step has to be mostly products. C = 64: 2.8 -> 3.1 ms, 128: equal, 192: 110 -> 103, 384: 1970 -> 1640. The
+# weight's, not the input's, so that a row of A gives the same bits alone and among others.
+cdef Py_ssize_t SPLIT_FROM = 32768
 cdef Py_ssize_t SPLIT_OWN = 65536       # elements of a kept operand that each thread packs for itself
 
 
@@ -383,14 +385,14 @@ cdef int split_product(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, const float* a,
                                     c + task * slice * ldc + j0, ldc,
                                     start + task * slice * (ldadd if k0 == 0 else ldc) + j0 if start is not NULL else NULL,
                                     ldadd if k0 == 0 else ldc,
-                                    bias + j0 if bias is not NULL and k0 + k == K else NULL)
+                                    bias + j0 if bias is not NULL and k0 == 0 else NULL)
                     else:
                         split_slice(False, n, task_size, k, source, ars, acs,
                                     b + task * slice * bcs + k0 * brs, brs, bcs, packed, mine,
                                     c + j0 * ldc + task * slice, ldc,
                                     start + j0 * (ldadd if k0 == 0 else ldc) + task * slice if start is not NULL else NULL,
                                     ldadd if k0 == 0 else ldc,
-                                    bias + task * slice if bias is not NULL and k0 + k == K else NULL)
+                                    bias + task * slice if bias is not NULL and k0 == 0 else NULL)
                 cllm_split_end()
     return 0
 

@@ -167,9 +167,11 @@ static inline int cllm_split_fits(const char *a, const char *b, ptrdiff_t count)
         && (x == 0 || y == 0 || x * y >= 0x1p-100f);
 }
 
-/* The sums of two groups, mt tiles of rows by nt of columns, to y. */
+/* y = x + the product of two groups, mt tiles of rows by nt of columns; x may be NULL. ldx 0: all rows of x
+ * are one. */
 static inline __attribute__((always_inline)) void cllm_split_tile(
-    const int mt, const int nt, ptrdiff_t count, const char *a, const char *b, float *y, ptrdiff_t ld)
+    const int mt, const int nt, ptrdiff_t count, const char *a, const char *b, const float *x, ptrdiff_t ldx,
+    float *y, ptrdiff_t ldy)
 {
 #define LOAD_A(part)                                                                      \
     _tile_loadd(4, a + (part) * CLLM_PART_BYTES, 64);                                     \
@@ -183,10 +185,17 @@ static inline __attribute__((always_inline)) void cllm_split_tile(
     if (mt > 1) _tile_dpbf16ps(2, 5, 6);                                                  \
     if (mt > 1 && nt > 1) _tile_dpbf16ps(3, 5, 7);
     __asm__ volatile("" ::: "memory"); /* GCC's tile loads do not say that they read memory */
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (x) {
+        _tile_loadd(0, x, ldx * 4);
+        if (nt > 1) _tile_loadd(1, x + 16, ldx * 4);
+        if (mt > 1) _tile_loadd(2, x + 16 * ldx, ldx * 4);
+        if (mt > 1 && nt > 1) _tile_loadd(3, x + 16 * ldx + 16, ldx * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     for (; count > 0; count -= 32, a += CLLM_STEP_BYTES, b += CLLM_STEP_BYTES) {
         /* small products first; from one to the next only one side changes: 14 loads for 24 products */
         LOAD_A(0) LOAD_B(2) MULTIPLY
@@ -196,10 +205,10 @@ static inline __attribute__((always_inline)) void cllm_split_tile(
         LOAD_A(2) MULTIPLY
         LOAD_A(0) MULTIPLY
     }
-    _tile_stored(0, y, ld * 4);
-    if (nt > 1) _tile_stored(1, y + 16, ld * 4);
-    if (mt > 1) _tile_stored(2, y + 16 * ld, ld * 4);
-    if (mt > 1 && nt > 1) _tile_stored(3, y + 16 * ld + 16, ld * 4);
+    _tile_stored(0, y, ldy * 4);
+    if (nt > 1) _tile_stored(1, y + 16, ldy * 4);
+    if (mt > 1) _tile_stored(2, y + 16 * ldy, ldy * 4);
+    if (mt > 1 && nt > 1) _tile_stored(3, y + 16 * ldy + 16, ldy * 4);
 #undef LOAD_A
 #undef LOAD_B
 #undef MULTIPLY
@@ -210,27 +219,33 @@ static void cllm_split_block(ptrdiff_t m, ptrdiff_t n, ptrdiff_t count, const ch
                              ptrdiff_t ldc, const float *add, ptrdiff_t ldadd, const float *bias)
 {
     float sums[32 * 32] __attribute__((aligned(64)));
-    if (m == 32 && n == 32 && !add && !bias) {
-        cllm_split_tile(2, 2, count, a, b, c, ldc);
+    const __mmask16 mask[2] = {cllm_first(n), cllm_first(n - 16)};
+    const int whole = m == 32 && n == 32;
+    if (whole && !bias) {
+        cllm_split_tile(2, 2, count, a, b, add, ldadd, c, ldc);
         return;
     }
-    if (m > 16 && n > 16)
-        cllm_split_tile(2, 2, count, a, b, sums, 32);
-    else if (m > 16)
-        cllm_split_tile(2, 1, count, a, b, sums, 32);
-    else if (n > 16)
-        cllm_split_tile(1, 2, count, a, b, sums, 32);
-    else
-        cllm_split_tile(1, 1, count, a, b, sums, 32);
-    for (ptrdiff_t j = 0; j < n; j += 16) {
-        const __mmask16 mask = cllm_first(n - j);
-        for (ptrdiff_t i = 0; i < m; i++) {
-            __m512 v = _mm512_load_ps(sums + i * 32 + j);
-            if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, add + i * ldadd + j));
-            if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + j));
-            _mm512_mask_storeu_ps(c + i * ldc + j, mask, v);
+    for (int j = 0; j < 2; j++)
+        for (ptrdiff_t i = 0; i < (bias && !add ? 1 : m); i++) {
+            __m512 v = _mm512_setzero_ps();
+            if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask[j], add + i * ldadd + j * 16));
+            if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask[j], bias + j * 16));
+            _mm512_store_ps(sums + i * 32 + j * 16, v);
         }
-    }
+    const ptrdiff_t ld = bias && !add ? 0 : 32;
+    if (whole)
+        cllm_split_tile(2, 2, count, a, b, sums, ld, c, ldc);
+    else if (m > 16 && n > 16)
+        cllm_split_tile(2, 2, count, a, b, sums, ld, sums, 32);
+    else if (m > 16)
+        cllm_split_tile(2, 1, count, a, b, sums, ld, sums, 32);
+    else if (n > 16)
+        cllm_split_tile(1, 2, count, a, b, sums, ld, sums, 32);
+    else
+        cllm_split_tile(1, 1, count, a, b, sums, ld, sums, 32);
+    for (int j = 0; j < 2 && !whole; j++)
+        for (ptrdiff_t i = 0; i < m; i++)
+            _mm512_mask_storeu_ps(c + i * ldc + j * 16, mask[j], _mm512_load_ps(sums + i * 32 + j * 16));
 }
 #else
 /* Other instruction sets never call these. */
