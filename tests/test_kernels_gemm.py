@@ -218,6 +218,19 @@ def test_products_of_two_numbers_are_exact_to_a_rounding():
     assert np.max(np.abs(kernels.matmul(b.T.copy(), np.diag(diagonal)) / exact.T - 1)) < 2.0**-23
 
 
+def test_small_numbers_among_large_ones():
+    """As behind an activation: denormal numbers and zeros beside ones, in the same rows and columns."""
+    rng = np.random.default_rng(0)
+    shapes = (200, 500), (500, 200)
+    with np.errstate(under="ignore"):
+        a, b = (np.float32(rng.normal(size=s) * 10 ** rng.uniform(-46, 1, s)) for s in shapes)
+    a[:, ::40], b[::40] = 1, -1
+    exact, scale = np.float64(a) @ b, np.abs(np.float64(a)) @ np.abs(b)
+    for x in (a, a.T.copy().T):
+        for y in (b, b.T.copy().T):
+            assert np.max(np.abs(kernels.matmul(x, y) - exact) / scale) < 2.0**-20
+
+
 def test_products_of_any_magnitude():
     """Also where bfloat16 parts would be flushed to zero or overflow: 32 rows and columns of each scale."""
     rows = [0, 1e-42, 1e-36, 1e-31, 1e-20, 1, 1e10, 1e18, 1e20, 1e30, 1e37]

@@ -9,9 +9,13 @@ import weakref
 
 import numpy as np
 import pytest
+from kernel_checks import same_bits
 
 import cllm
 from cllm import config as configs
+from cllm import functional as F
+from cllm import kernels
+from cllm._core import pool
 from cllm.data import Examples, Tokens
 from cllm.progress import Silent
 from cllm.train import Trainer
@@ -247,3 +251,48 @@ def test_examples_from_the_pool_are_what_numpy_takes():
             assert found.tobytes() == expected.tobytes()
         with pytest.raises(IndexError):
             examples[np.array([3, 20])]
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_results_of_norms_do_not_wait_for_the_backward_pass(norm):
+    """They are made again; the gradients have the bits of those of a graph that keeps them."""
+    rng = np.random.default_rng(0)
+    shapes = (1024, 256), (256,), (256,), (64, 256), (512, 256), (512,), (256, 512), (256,)
+    arrays = [np.float32(rng.standard_normal(shape)) for shape in shapes]
+
+    def graph(keep):
+        x, w, b, *others = (cllm.Tensor(array, requires_grad=True) for array in arrays)
+        h = F.layer_norm(x, 256, w, b) if norm == "layer" else F.rms_norm(x, 256, w)
+        assert h._node.make is not None
+        if keep:
+            h._node.make = None
+        results = F.linear(h, others[0]), F.feed_forward(h, *others[1:])
+        del h
+        live = pool.usage()[0]
+        sum((y * y).sum() for y in results).backward()
+        return live, tuple(t.grad for t in (x, w, b, *others) if t.grad is not None)
+
+    (made, gradients), (kept, wanted) = graph(False), graph(True)
+    assert kept - made == arrays[0].nbytes + sum(gradient.nbytes for gradient in gradients)
+    assert same_bits(gradients, wanted)
+
+
+def test_chunks_of_the_feed_forward_layer_limit_its_memory(monkeypatch):
+    """And change sums over rows alone: a result of each row has the same bits."""
+    rng = np.random.default_rng(0)
+    dy, x, w1, w2 = (np.float32(rng.standard_normal(s)) for s in ((1000, 8), (1000, 8), (300, 8), (8, 300)))
+
+    def passes():
+        y, pre = kernels.feed_forward_forward(x, w1, None, w2, None)
+        return y, pre, *kernels.feed_forward_backward(dy, x, pre, w1, w2, bias=False)
+
+    whole = passes()
+    pool.trim()
+    monkeypatch.setattr("cllm.kernels.linear.HIDDEN_ELEMENTS", 300 * 100)
+    y, pre, dx, dw1, _, dw2, _ = passes()
+    idle = pool.usage()[1]
+    assert same_bits((y, pre, dx), whole[:3])
+    for found, wanted in ((dw1, whole[3]), (dw2, whole[5])):
+        assert not same_bits(found, wanted)  # other sums: the chunks were made
+        assert np.linalg.norm(found - wanted) < 1e-6 * np.linalg.norm(wanted)
+    assert idle <= 2 * 1.125 * 100 * 300 * 4

@@ -50,6 +50,21 @@ def test_a_buffer_is_used_again_when_its_last_view_dies():
     assert address(pool.empty((30, 999))) == first  # of the same size class
 
 
+def test_a_large_array_takes_an_idle_buffer_of_up_to_half_more():
+    pool.trim()
+    large = pool.empty((3 << 20,), "uint8")
+    first = address(large)
+    del large
+    live, idle = pool.usage()
+    for n in ((3 << 19) - 1, 1000):  # over half more; small arrays have their own
+        assert address(pool.empty((n,), "uint8")) != first
+    array = pool.empty((2 << 20,), "uint8")
+    assert address(array) == first
+    assert pool.usage()[0] == live + idle
+    del array
+    assert address(pool.empty((3 << 20,), "uint8")) == first  # and it is of its own size again
+
+
 def test_trim_gives_back_what_is_idle_alone():
     kept, dropped = pool.empty((5000,)), pool.empty((5000,))
     kept[...] = 3

@@ -17,6 +17,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef size_t ALIGNMENT = 64
 cdef size_t LARGEST = <size_t>1 << 62   # bytes of an array
+cdef size_t LARGE = 1 << 20     # bytes from which an idle buffer of up to 1.5 times the size serves as well
 cdef size_t SLACK = 64 << 20            # idle bytes that are always kept
 cdef void* _free[512]           # for each size class its idle buffers: each begins with the next one's address
 cdef size_t _idle_bytes = 0     # in the free lists
@@ -33,6 +34,12 @@ cdef inline size_t _size_class(size_t n, int* number) noexcept nogil:
         number[0] += 8
     number[0] += <int>((n + step - 1) // step)
     return (n + step - 1) // step * step
+
+
+cdef inline size_t _class_bytes(int number) noexcept nogil:
+    """The size of a class: the inverse of `_size_class`."""
+    cdef int doublings = (number - 9) // 8 if number > 16 else 0
+    return (ALIGNMENT << doublings) * <size_t>(number - 8 * doublings)
 
 
 cdef class Block:
@@ -96,6 +103,13 @@ cpdef object empty(object shape, object dtype=np.float32):
         nd += 1
     cdef Block block = Block.__new__(Block)
     block.size = _size_class(n if n > 0 else 1, &block.number)
+    cdef int larger = block.number
+    if n >= LARGE:
+        while larger < block.number + 4 and _free[larger] is NULL:
+            larger += 1
+        if _free[larger] is not NULL:
+            block.number = larger
+            block.size = _class_bytes(larger)
     block.address = _free[block.number]
     if block.address is not NULL:
         block.recycled = True

@@ -30,8 +30,11 @@ cdef long long _count = 0           # nodes so far
 
 
 cdef class Node:
-    """One recorded operation. `inputs` holds, for each input, its Node, the leaf Tensor itself, or None."""
-    cdef public object backward, grad, inputs
+    """One recorded operation. `inputs` holds, for each input, its Node, the leaf Tensor itself, or None.
+
+    `make` computes the result again, where that is cheaper than to keep it for the backward pass, or is None.
+    """
+    cdef public object backward, grad, inputs, make
     cdef public long long number
     cdef public bint owned
 
@@ -149,5 +152,5 @@ def run(Node root not None, grad, bint retain_graph):
                         below.owned = True
             node.grad = None
             if not retain_graph:
-                node.backward = None
+                node.backward = node.make = None
                 node.inputs = ()

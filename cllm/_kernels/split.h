@@ -85,12 +85,14 @@ static inline __attribute__((always_inline)) void cllm_parts(__m512 x, __m512i p
 /* A row of the three tiles at `out`: the parts of u in the lower halves of the lanes, those of v in the upper. */
 static inline __attribute__((always_inline)) void cllm_pair(__m512 u, __m512 v, char *out, __m512i *top)
 {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
     __m512i low[3], high[3];
     cllm_parts(u, low, top);
     cllm_parts(v, high, top);
 #pragma GCC unroll 3
-    for (int p = 0; p < 3; p++)
-        _mm512_store_si512(out + p * CLLM_PART_BYTES, _mm512_or_si512(_mm512_srli_epi32(low[p], 16), high[p]));
+    for (int p = 0; p < 3; p++) /* of a denormal number something is left below the third part */
+        _mm512_store_si512(out + p * CLLM_PART_BYTES,
+                           _mm512_or_si512(_mm512_srli_epi32(low[p], 16), _mm512_and_si512(high[p], upper)));
 }
 
 /* The three tiles of 16 rows (of A) or columns (of B) and 32 steps of K. Element (i, k) is x[i * is + k * ks], one

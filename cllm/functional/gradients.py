@@ -10,6 +10,8 @@ import numpy as np
 from cllm._core.pool import empty
 from cllm.tensor import WRITTEN, Parameter
 
+MADE_AGAIN_FROM = 1 << 20  # bytes
+
 
 def targets_of(*tensors):
     """Where a kernel writes the gradients of these: an array each, or None to allocate; and whether it adds.
@@ -71,6 +73,25 @@ def delivered(x, array):
     else:  # the array is no place of x's, and another gradient came first
         np.add(x.grad, array, out=x.grad)
     return WRITTEN
+
+
+def made_again(result, make):
+    """`result`, whose array the operations that need it in their backward pass compute again by make().
+
+    For large results of cheap operations: what waits for the backward pass is most of training's memory. A
+    small one is kept, since the call takes longer than its pass (5 us of the 20 of a norm of `tiny`).
+    """
+    if result._node is not None and result.data.nbytes >= MADE_AGAIN_FROM:
+        result._node.make = make
+    return result
+
+
+def kept(x):
+    """A function that gives x's array in the backward pass."""
+    if x._node is not None and x._node.make is not None:
+        return x._node.make
+    data = x.data
+    return lambda: data
 
 
 def data_of(x):

@@ -7,7 +7,7 @@ import numpy as np
 from cllm import kernels
 from cllm.errors import InputError
 from cllm.functional.elementwise import ACTIVATIONS
-from cllm.functional.gradients import data_of, targets_of, written
+from cllm.functional.gradients import data_of, kept, made_again, targets_of, written
 from cllm.kernels.linear import leading_sums
 from cllm.tensor import Tensor, as_tensor, record
 
@@ -27,19 +27,20 @@ def linear(input, weight, bias=None):
         if not input.ndim or input.shape[-1] != weight.shape[0]:
             raise InputError(f"linear: input is {input.shape}, weight is {weight.shape}")
         return input @ weight if bias is None else input @ weight + bias
-    x, w = input.data, weight.data
+    x, w = kept(input), weight.data
     inputs = (input, weight) if bias is None else (input, weight, bias)
+    n_parameters = len(inputs) - 1  # `backward` must not hold on to the inputs: one may be made again
 
     def backward(grad):
         if not weight.requires_grad and (bias is None or not bias.requires_grad):
-            return kernels.matmul(grad, w), *(None,) * (len(inputs) - 1)  # frozen
+            return kernels.matmul(grad, w), *(None,) * n_parameters  # frozen
         (dw, db), add = targets_of(weight, bias)
         dx, *found = kernels.linear_backward(
-            grad, x, w, bias=bias is not None, out=(None, dw, db), accumulate=add
+            grad, x(), w, bias=bias is not None, out=(None, dw, db), accumulate=add
         )
         return dx, *written((weight, bias), found)
 
-    return record(kernels.linear_forward(x, w, data_of(bias)), inputs, backward)
+    return record(kernels.linear_forward(input.data, w, data_of(bias)), inputs, backward)
 
 
 def embedding(input, weight):
@@ -74,6 +75,12 @@ def token_position_embedding(tokens, token_weight, position_weight):
     if len(table) < T:
         raise InputError(f"token_position_embedding: {T} positions, the table has {len(table)}")
     out += table[:T]
+    token_table = token_weight.data
+
+    def make():
+        made = kernels.embedding_forward(tokens, token_table)
+        made += table[:T]
+        return made
 
     def backward(grad):
         (dtoken,), add = targets_of(token_weight)
@@ -86,7 +93,7 @@ def token_position_embedding(tokens, token_weight, position_weight):
             dposition[T:] = 0
         return written((token_weight, position_weight), (dtoken, dposition))
 
-    return record(out, (token_weight, position_weight), backward)
+    return made_again(record(out, (token_weight, position_weight), backward), make)
 
 
 def _last(function, x, normalized_shape, **parameters):
@@ -119,21 +126,21 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         lead = input.shape[: -len(shape)]
         n = math.prod(shape)
         return layer_norm(input.reshape(*lead, n), n, *flat, eps).reshape(input.shape)
-    x = input.data
+    x = kept(input)
     if weight is None:
-        weight = Tensor(np.ones(shape, x.dtype))
-    w = weight.data
-    out, mean, rstd = kernels.layer_norm_forward(x, w, data_of(bias), eps)
+        weight = Tensor(np.ones(shape, input.data.dtype))
+    w, b = weight.data, data_of(bias)
+    out, mean, rstd = kernels.layer_norm_forward(input.data, w, b, eps)
     inputs = (input, weight) if bias is None else (input, weight, bias)
 
     def backward(grad):
         (dw, db), add = targets_of(weight, bias)
         dx, *found = kernels.layer_norm_backward(
-            grad, x, w, mean, rstd, bias=bias is not None, out=(None, dw, db), accumulate=add
+            grad, x(), w, mean, rstd, bias=bias is not None, out=(None, dw, db), accumulate=add
         )
         return dx, *written((weight, bias), found)
 
-    return record(out, inputs, backward)
+    return made_again(record(out, inputs, backward), lambda: kernels.layer_norm_forward(x(), w, b, eps)[0])
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
@@ -154,15 +161,16 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         lead = input.shape[: -len(shape)]
         n = math.prod(shape)
         return rms_norm(input.reshape(*lead, n), n, flat, eps).reshape(input.shape)
-    x, w = input.data, data_of(weight)
-    out, rstd = kernels.rms_norm_forward(x, w, eps)
+    x, w = kept(input), data_of(weight)
+    out, rstd = kernels.rms_norm_forward(input.data, w, eps)
 
     def backward(grad):
         (target,), add = targets_of(weight)
-        dx, dw = kernels.rms_norm_backward(grad, x, w, rstd, out=(None, target), accumulate=add)
+        dx, dw = kernels.rms_norm_backward(grad, x(), w, rstd, out=(None, target), accumulate=add)
         return dx, *written((weight,), (dw,))
 
-    return record(out, (input,) if weight is None else (input, weight), backward)
+    result = record(out, (input,) if weight is None else (input, weight), backward)
+    return made_again(result, lambda: kernels.rms_norm_forward(x(), w, eps)[0])
 
 
 def feed_forward(input, w1, b1, w2, b2, activation="gelu_tanh"):
@@ -183,14 +191,15 @@ def feed_forward(input, w1, b1, w2, b2, activation="gelu_tanh"):
     if (b1 is None) != (b2 is None) or w1 is w2 or (b1 is b2 and b1 is not None):
         return linear(ACTIVATIONS[activation](linear(input, w1, b1)), w2, b2)
     input, w1, b1, w2, b2 = as_tensor(input), as_tensor(w1), _optional(b1), as_tensor(w2), _optional(b2)
-    x = input.data
+    x = kept(input)
     parameters = (w1, b1, w2, b2)
-    out, pre = kernels.feed_forward_forward(x, w1.data, data_of(b1), w2.data, data_of(b2), activation)
+    arrays = (input.data, w1.data, data_of(b1), w2.data, data_of(b2))
+    out, pre = kernels.feed_forward_forward(*arrays, activation)
 
     def backward(grad):
         targets, add = targets_of(*parameters)
         dx, *found = kernels.feed_forward_backward(
-            grad, x, pre, w1.data, w2.data, activation=activation, bias=b1 is not None,
+            grad, x(), pre, w1.data, w2.data, activation=activation, bias=b1 is not None,
             out=(None, *targets), accumulate=add,
         )  # fmt: skip
         return dx, *written(parameters, found)

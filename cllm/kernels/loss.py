@@ -9,7 +9,7 @@ from cllm._core.pool import empty
 from cllm._kernels import gemm as _gemm
 from cllm._kernels import loss as _loss
 from cllm.kernels import threads
-from cllm.kernels.linear import check_linear
+from cllm.kernels.linear import check_linear, row_chunks
 
 # Checks ----------------------------------------------------------------------------------------------
 
@@ -343,17 +343,9 @@ def soft_cross_entropy_backward(
 _CHUNK_ELEMENTS, _CHUNK_ROWS = 2 << 20, 256
 
 
-def _chunks(n_rows, n_classes):
-    """Slices of rows, about equal ones, whose logits fit in a chunk."""
-    most = max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(n_classes, 1))
-    n_chunks = -(-n_rows // most)
-    step = -(-n_rows // max(n_chunks, 1))
-    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, max(step, 1))]
-
-
 def _chunked(x, weight):
     """The chunks, and an array for the logits of one."""
-    chunks = _chunks(len(x), len(weight))
+    chunks = row_chunks(len(x), max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(len(weight), 1)))
     return chunks, empty((chunks[0].stop if chunks else 0, len(weight)), x.dtype)
 
 
