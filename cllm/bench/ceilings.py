@@ -11,6 +11,7 @@ __all__ = ["fma", "rows"]
 
 FMA_SECONDS = 0.02
 ELEMENTS = 1 << 25  # of each of three arrays: 128 MB, four times the largest cache in sight
+UPDATED = 25 << 16  # elements of each of two arrays: 13 MB, as an Adam of 0.8 million parameters has
 _rounds = {}  # threads -> rounds of multiply-adds that take about FMA_SECONDS
 
 
@@ -39,6 +40,9 @@ def rows(threads, effort):
             "memory, read": (lambda n=n: _ceilings.read(x, n), 4 * ELEMENTS, "GB/s"),
             "memory, triad": (lambda n=n: _ceilings.triad(x, y, z, n), 12 * ELEMENTS, "GB/s"),
             "memory, update": (lambda n=n: _ceilings.update(x, z, n), 12 * ELEMENTS, "GB/s"),
+            "13 MB, update": (
+                lambda n=n: _ceilings.update(x[:UPDATED], z[:UPDATED], n), 12 * UPDATED, "GB/s",
+            ),
         }
         seconds = timing.measure({(case, n): call for case, (call, _, _) in work.items()}, effort)
         for case, (_, amount, unit) in work.items():
