@@ -241,6 +241,8 @@ class Tensor(Fields):
     Attributes
     ----------
     data : ndarray
+        Assign another array to change a result: one of a norm is read-only from 1 MB on, since the backward
+        pass computes it again instead of keeping it.
     grad : ndarray or None
         None until `backward` has written it; later backward passes add to it. Assigning copies in.
 

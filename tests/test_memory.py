@@ -263,8 +263,7 @@ def test_results_of_norms_do_not_wait_for_the_backward_pass(norm):
     def graph(keep):
         pool.trim()  # arrays count with the size of their buffer
         x, w, b, *others = (cllm.Tensor(array, requires_grad=True) for array in arrays)
-        h = F.layer_norm(x, 256, w, b) if norm == "layer" else F.rms_norm(x, 256, w)
-        assert h._node.make is not None
+        h = F.layer_norm(x, 256, w, b, 0.1) if norm == "layer" else F.rms_norm(x, 256, w, 0.1)
         if keep:
             h._node.make = None
         results = F.linear(h, others[0]), F.feed_forward(h, *others[1:])
@@ -276,6 +275,21 @@ def test_results_of_norms_do_not_wait_for_the_backward_pass(norm):
     (made, gradients), (kept, wanted) = graph(False), graph(True)
     assert kept - made == arrays[0].nbytes + sum(gradient.nbytes for gradient in gradients)
     assert same_bits(gradients, wanted)
+
+
+def test_an_edit_of_a_norms_result_reaches_the_gradients():
+    """What is assigned does; writing into an array that is made again is refused."""
+    gradients = []
+    for rows in (1 << 10, 1 << 16):  # kept, made again
+        x, w = (cllm.Tensor(np.ones(s, np.float32), requires_grad=True) for s in ((rows, 8), (3, 8)))
+        h = F.rms_norm(x, 8)
+        h.data = h.data * 2
+        F.linear(h, w).sum().backward()
+        gradients.append(w.grad / rows)
+    assert np.allclose(gradients, 2)
+    h = F.rms_norm(x, 8)
+    with pytest.raises(ValueError, match="read-only"):
+        h.data[0] = 0
 
 
 def test_chunks_of_the_feed_forward_layer_limit_its_memory(monkeypatch):
@@ -290,6 +304,7 @@ def test_chunks_of_the_feed_forward_layer_limit_its_memory(monkeypatch):
     whole = passes()
     pool.trim()
     monkeypatch.setattr("cllm.kernels.linear.HIDDEN_ELEMENTS", 300 * 100)
+    monkeypatch.setattr("cllm.kernels.linear.HIDDEN_ROWS", 1)
     y, pre, dx, dw1, _, dw2, _ = passes()
     idle = pool.usage()[1]
     assert same_bits((y, pre, dx), whole[:3])

@@ -17,7 +17,7 @@ cdef extern from "numpy/arrayobject.h":
 
 cdef size_t ALIGNMENT = 64
 cdef size_t LARGEST = <size_t>1 << 62   # bytes of an array
-cdef size_t LARGE = 1 << 20     # bytes from which an idle buffer of up to 1.5 times the size serves as well
+cdef size_t LARGE = 1 << 20     # bytes from which an idle buffer of a class up to half as large again serves as well
 cdef size_t SLACK = 64 << 20            # idle bytes that are always kept
 cdef void* _free[512]           # for each size class its idle buffers: each begins with the next one's address
 cdef size_t _idle_bytes = 0     # in the free lists

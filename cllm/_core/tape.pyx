@@ -32,7 +32,8 @@ cdef long long _count = 0           # nodes so far
 cdef class Node:
     """One recorded operation. `inputs` holds, for each input, its Node, the leaf Tensor itself, or None.
 
-    `make` computes the result again, where that is cheaper than to keep it for the backward pass, or is None.
+    `make` is None, or a weak reference to the result's array and a function that computes it again, where that
+    is cheaper than to keep it for the backward pass.
     """
     cdef public object backward, grad, inputs, make
     cdef public long long number

@@ -3,6 +3,7 @@
 The first one after `zero_grad` assigns, later ones add; nothing is copied or cleared.
 """
 
+import weakref
 from contextlib import contextmanager
 
 import numpy as np
@@ -79,19 +80,19 @@ def made_again(result, make):
     """`result`, whose array the operations that need it in their backward pass compute again by make().
 
     For large results of cheap operations: what waits for the backward pass is most of training's memory. A
-    small one is kept, since the call takes longer than its pass (5 us of the 20 of a norm of `tiny`).
+    small one is kept, since the call takes longer than its pass (5 us of the 20 of a norm of `tiny`). The
+    array is read-only from then on: what is written into it would not be what the backward pass sees.
     """
     if result._node is not None and result.data.nbytes >= MADE_AGAIN_FROM:
-        result._node.make = make
+        result._node.make = weakref.ref(result.data), make
+        result.data.flags.writeable = False
     return result
 
 
 def kept(x):
     """A function that gives x's array in the backward pass."""
-    if x._node is not None and x._node.make is not None:
-        return x._node.make
-    data = x.data
-    return lambda: data
+    data, make = x.data, None if x._node is None else x._node.make
+    return make[1] if make is not None and make[0]() is data else lambda: data
 
 
 def data_of(x):

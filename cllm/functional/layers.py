@@ -75,12 +75,6 @@ def token_position_embedding(tokens, token_weight, position_weight):
     if len(table) < T:
         raise InputError(f"token_position_embedding: {T} positions, the table has {len(table)}")
     out += table[:T]
-    token_table = token_weight.data
-
-    def make():
-        made = kernels.embedding_forward(tokens, token_table)
-        made += table[:T]
-        return made
 
     def backward(grad):
         (dtoken,), add = targets_of(token_weight)
@@ -93,7 +87,7 @@ def token_position_embedding(tokens, token_weight, position_weight):
             dposition[T:] = 0
         return written((token_weight, position_weight), (dtoken, dposition))
 
-    return made_again(record(out, (token_weight, position_weight), backward), make)
+    return record(out, (token_weight, position_weight), backward)
 
 
 def _last(function, x, normalized_shape, **parameters):
@@ -126,21 +120,21 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         lead = input.shape[: -len(shape)]
         n = math.prod(shape)
         return layer_norm(input.reshape(*lead, n), n, *flat, eps).reshape(input.shape)
-    x = kept(input)
+    x = input.data
     if weight is None:
-        weight = Tensor(np.ones(shape, input.data.dtype))
+        weight = Tensor(np.ones(shape, x.dtype))
     w, b = weight.data, data_of(bias)
-    out, mean, rstd = kernels.layer_norm_forward(input.data, w, b, eps)
+    out, mean, rstd = kernels.layer_norm_forward(x, w, b, eps)
     inputs = (input, weight) if bias is None else (input, weight, bias)
 
     def backward(grad):
         (dw, db), add = targets_of(weight, bias)
         dx, *found = kernels.layer_norm_backward(
-            grad, x(), w, mean, rstd, bias=bias is not None, out=(None, dw, db), accumulate=add
+            grad, x, w, mean, rstd, bias=bias is not None, out=(None, dw, db), accumulate=add
         )
         return dx, *written((weight, bias), found)
 
-    return made_again(record(out, inputs, backward), lambda: kernels.layer_norm_forward(x(), w, b, eps)[0])
+    return made_again(record(out, inputs, backward), lambda: kernels.layer_norm_forward(x, w, b, eps)[0])
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
@@ -161,16 +155,16 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
         lead = input.shape[: -len(shape)]
         n = math.prod(shape)
         return rms_norm(input.reshape(*lead, n), n, flat, eps).reshape(input.shape)
-    x, w = kept(input), data_of(weight)
-    out, rstd = kernels.rms_norm_forward(input.data, w, eps)
+    x, w = input.data, data_of(weight)
+    out, rstd = kernels.rms_norm_forward(x, w, eps)
 
     def backward(grad):
         (target,), add = targets_of(weight)
-        dx, dw = kernels.rms_norm_backward(grad, x(), w, rstd, out=(None, target), accumulate=add)
+        dx, dw = kernels.rms_norm_backward(grad, x, w, rstd, out=(None, target), accumulate=add)
         return dx, *written((weight,), (dw,))
 
     result = record(out, (input,) if weight is None else (input, weight), backward)
-    return made_again(result, lambda: kernels.rms_norm_forward(x(), w, eps)[0])
+    return made_again(result, lambda: kernels.rms_norm_forward(x, w, eps)[0])
 
 
 def feed_forward(input, w1, b1, w2, b2, activation="gelu_tanh"):

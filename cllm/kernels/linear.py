@@ -166,8 +166,9 @@ def matmul(a, b, out=None):
 
 
 # Elements between the two matrices that are in memory at a time, 4 MB in float32; the backward pass has two
-# such arrays. All rows at once took 50 of the 560 MB that training `baby` took.
-HIDDEN_ELEMENTS = 1 << 20
+# such arrays. All rows at once took 50 of the 560 MB that training `baby` took. But 256 rows at least, since each
+# chunk reads and writes the gradients of both matrices.
+HIDDEN_ELEMENTS, HIDDEN_ROWS = 1 << 20, 256
 
 
 def row_chunks(n_rows, most):
@@ -175,6 +176,10 @@ def row_chunks(n_rows, most):
     n_chunks = -(-n_rows // max(most, 1))
     step = -(-n_rows // max(n_chunks, 1))
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, max(step, 1))]
+
+
+def _hidden_rows(w1):
+    return max(HIDDEN_ROWS, HIDDEN_ELEMENTS // max(len(w1), 1))
 
 
 def _check_feed_forward(function, activation, x, w1, w2):
@@ -229,7 +234,7 @@ def feed_forward_forward(x, w1, b1, w2, b2, activation="gelu_tanh", out=None):
     y, pre = checks.results(function, out, ("y", "pre"), shapes, x.dtype, inputs)
     linear_forward(x, w1, b1, out=pre)
     pre_rows, y_rows = checks.rows(pre), checks.rows(y)
-    for rows in row_chunks(len(pre_rows), HIDDEN_ELEMENTS // max(len(w1), 1)):
+    for rows in row_chunks(len(pre_rows), _hidden_rows(w1)):
         linear_forward(activate(pre_rows[rows], activation), w2, b2, out=y_rows[rows])
     return y, pre
 
@@ -276,7 +281,7 @@ def feed_forward_backward(
     if not bias:
         db1 = db2 = None
     arrays = [checks.rows(array) for array in (dy, x, pre, dx)]
-    for rows in row_chunks(len(arrays[0]), HIDDEN_ELEMENTS // max(len(w1), 1)) or [slice(0, 0)]:
+    for rows in row_chunks(len(arrays[0]), _hidden_rows(w1)) or [slice(0, 0)]:
         parts = [array[rows] for array in arrays]
         _feed_forward_gradients(*parts, w1, w2, dw1, db1, dw2, db2, activation, accumulate)
         accumulate = True
