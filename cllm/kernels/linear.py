@@ -166,8 +166,8 @@ def matmul(a, b, out=None):
 
 
 # Elements between the two matrices that are in memory at a time, 4 MB in float32; the backward pass has two
-# such arrays. All rows at once took 50 of the 560 MB that training `baby` took. But 256 rows at least, since each
-# chunk reads and writes the gradients of both matrices.
+# such arrays. All rows at once took 50 of the 560 MB that training `baby` took. But 256 rows at least, since
+# each chunk reads and writes the gradients of both matrices.
 HIDDEN_ELEMENTS, HIDDEN_ROWS = 1 << 20, 256
 
 
