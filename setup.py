@@ -142,6 +142,8 @@ class BuildKernels(build_ext):
                 if link_args
                 else ("int main(void) { return 0; }\n")
             )
+            if "-mamx-tile" in compile_args:  # which an older assembler does not know
+                body = "#include <immintrin.h>\nint main(void) { _tile_zero(0); return 0; }\n"
             source.write_text(body)
             # Probing is expected to fail on some compilers: keep their complaints out of the log.
             stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

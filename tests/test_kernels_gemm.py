@@ -232,7 +232,7 @@ def test_small_numbers_among_large_ones():
 
 
 def test_products_of_any_magnitude():
-    """Also where bfloat16 parts would be flushed to zero or overflow: 32 rows and columns of each scale."""
+    """Also where parts in bfloat16 would be flushed to zero or overflow: 32 rows, columns of each scale."""
     rows = [0, 1e-42, 1e-36, 1e-31, 1e-20, 1, 1e10, 1e18, 1e20, 1e30, 1e37]
     columns = [0, 1e-41, 1e-33, 1e-18, 1e-12, 1, 1e12, 1e20, 1e35]
     rng = np.random.default_rng(1)
@@ -247,10 +247,75 @@ def test_products_of_any_magnitude():
     assert np.all(error <= 2.0**-19 * np.abs(exact))  # flushed parts would be 2^-8 and more
 
 
-def test_more_rows_and_columns_than_are_packed_at_a_time():
-    a, b = values(4150, 16, dtype=np.float32), values(16, 4150, dtype=np.float32, seed=1)
-    assert_close(kernels.matmul(a, b), reference.matmul(a, b), np.float32)
-    assert_same_at_any_thread_count(lambda: kernels.matmul(a, b))
+def scattered(rows, columns, seed):
+    """Rows of which some hold a NaN, an infinity or are far above or below the others, in no order."""
+    rng = np.random.default_rng(seed)
+    x = np.float32(rng.uniform(0.5, 1, (rows, columns)))
+    scales = rng.choice([1, 1, 1, 1e-38, 1e-34, 1e-25, 1e-16, 1e10, 1e19, 1e25], rows)
+    x = np.float32(x * scales[:, None])
+    x[rows // 2, columns // 3], x[rows // 3, columns - 1] = np.nan, np.inf
+    return x
+
+
+@pytest.mark.parametrize("inputs", [100, 900])
+def test_each_row_and_column_is_as_exact_as_if_it_were_alone(inputs):
+    """Whatever the others that tiles multiply with it hold; forward with a bias, and added gradients."""
+    x, weight = scattered(70, inputs, 0), scattered(400, inputs, 1)
+    bias = np.float32(np.geomspace(1e-42, 1e30, 400))
+
+    def assert_exact(result, a, b, add):
+        with np.errstate(invalid="ignore"):
+            exact = np.float64(a) @ np.float64(b) + add
+        fits = np.abs(exact) < 3e38
+        assert np.array_equal(np.isnan(result), np.isnan(exact))
+        assert not np.isfinite(result[~fits]).any()
+        error = np.abs(np.where(fits, result, 0) - np.where(fits, exact, 0)) - a.shape[1] * 2.0**-149
+        assert np.all(error <= np.where(fits, 2.0**-18 * np.abs(exact), 0))
+
+    with np.errstate(over="ignore"):
+        result = kernels.linear_forward(x, weight, bias)
+        assert_exact(result, x, weight.T, np.float64(bias))
+        for row in range(70):
+            assert same_bits(kernels.linear_forward(x[row : row + 1], weight, bias), result[row : row + 1])
+        dy, rows = scattered(300, inputs, 2).T.copy(), scattered(200, inputs, 3).T.copy()
+        before = np.float32(np.geomspace(1e-42, 1e30, 300 * 200)).reshape(300, 200)
+        out = None, before.copy(), None
+        dweight = kernels.linear_backward(dy, rows, before, bias=False, out=out, accumulate=True)[1]
+        assert_exact(dweight, dy.T, rows, np.float64(before))
+
+
+def test_what_is_added_costs_a_long_sum_no_bits():
+    """A bias or a gradient that outweighs the sum: its own rounding for each block, not for each step."""
+    rng = np.random.default_rng(0)
+    x, weight = (np.float32(rng.uniform(0, s, (100, 5000))) for s in (1, 0.06))
+    bias = np.full(100, 2.0**24, np.float32)
+    exact = np.float64(x) @ weight.T + bias
+    assert np.max(np.abs(kernels.linear_forward(x, weight, bias) / exact - 1)) < 2.0**-23
+    dweight = np.full((100, 5000), 2.0**24, np.float32)
+    dy, rows = np.float32(rng.uniform(0, 1, (3000, 100))), np.float32(rng.uniform(0, 0.06, (3000, 5000)))
+    exact = np.float64(dy).T @ rows + dweight
+    kernels.linear_backward(dy, rows, weight, bias=False, out=(None, dweight, None), accumulate=True)
+    assert np.max(np.abs(dweight / exact - 1)) < 2.0**-21  # eight blocks
+
+
+def test_no_rows_with_a_large_weight():
+    weight = values(200, 200, dtype=np.float32)
+    nothing = np.zeros((0, 200), np.float32)
+    dweight = np.full_like(weight, np.nan)
+    kernels.linear_backward(nothing, nothing, weight, bias=False, out=(None, dweight, None))
+    assert not dweight.any()
+    dweight = weight.copy()
+    kernels.linear_backward(nothing, nothing, weight, bias=False, out=(None, dweight, None), accumulate=True)
+    assert same_bits(dweight, weight)
+
+
+@pytest.mark.parametrize(("rows", "outputs"), [(4150, 4100), (4100, 4150)])
+def test_more_rows_and_columns_than_are_packed_at_a_time(rows, outputs):
+    x, weight = values(rows, 16, dtype=np.float32), values(outputs, 16, dtype=np.float32, seed=1)
+    bias = values(outputs, dtype=np.float32, seed=2)
+    expected = reference.linear_forward(x, weight, bias)
+    assert_close(kernels.linear_forward(x, weight, bias), expected, np.float32)
+    assert_same_at_any_thread_count(lambda: kernels.linear_forward(x, weight, bias))
 
 
 # Feed-forward and head -------------------------------------------------------------------------------

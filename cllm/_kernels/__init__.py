@@ -7,7 +7,7 @@ an import and a user's cimport reach the same variant.
 import os
 from pathlib import Path
 
-from cllm._core.cpu import supported_isas
+from cllm._core.cpu import may_use, supported_isas
 from cllm.errors import InputError
 
 _here = Path(__file__).parent
@@ -20,10 +20,12 @@ def _choose():
     if not available:
         raise ImportError(f"no compiled kernels in {_here}: install CLLM with `pip install .`")
     if not wanted:
-        return available[0]
+        return next(isa for isa in available if may_use(isa))
     if wanted not in available:
         built = "was not built" if not any(_here.glob(f"{wanted}/gemm.*")) else "this CPU cannot run it"
         raise InputError(f"CLLM_ISA={wanted}: {built}; allowed here: {', '.join(available)}")
+    if not may_use(wanted):
+        raise InputError(f"CLLM_ISA={wanted}: the operating system does not let this process use it")
     return wanted
 
 

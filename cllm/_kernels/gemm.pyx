@@ -44,7 +44,10 @@ cdef extern from "split.h" nogil:
     void cllm_split_end()
     void cllm_split_pack(int rows, const float* x, Py_ssize_t stride, Py_ssize_t ks, Py_ssize_t n, Py_ssize_t count,
                          char* out)
-    bint cllm_split_fits(const char* a, const char* b, Py_ssize_t count)
+    unsigned int cllm_split_outside(const char* group, Py_ssize_t count)
+    void cllm_split_sums(Py_ssize_t m, Py_ssize_t n, Py_ssize_t count, const char* a, const char* b, float* sums)
+    void cllm_split_store(Py_ssize_t m, Py_ssize_t n, const float* sums, float* c, Py_ssize_t ldc, const float* add,
+                          Py_ssize_t ldadd, const float* bias)
     void cllm_split_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t count, const char* a, const char* b, float* c,
                           Py_ssize_t ldc, const float* add, Py_ssize_t ldadd, const float* bias)
 
@@ -158,7 +161,7 @@ cdef int gemm(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K,
     cdef bint flipped = acs == 1 and brs == 1 and M >= FLIP_FROM and (N - M) * K > M * N
     n_threads = useful_threads(<double>M * N * max(K, 1), SERIAL_BELOW, n_threads)
     if floating is float:
-        if SPLIT and (M * N if acs != 1 else N * K) >= SPLIT_FROM:
+        if SPLIT and K > 0 and (M * N if acs != 1 else N * K) >= SPLIT_FROM:
             return split_product(M, N, K, a, ars, acs, b, brs, bcs, c, ldc, add, ldadd, bias, n_threads)
     if flipped:
         return shares(True, N, M, K, b, bcs, 1, a, 1, ars, c, ldc, add, ldadd, bias, n_threads)
@@ -385,21 +388,22 @@ cdef int split_product(Py_ssize_t M, Py_ssize_t N, Py_ssize_t K, const float* a,
                                     c + task * slice * ldc + j0, ldc,
                                     start + task * slice * (ldadd if k0 == 0 else ldc) + j0 if start is not NULL else NULL,
                                     ldadd if k0 == 0 else ldc,
-                                    bias + j0 if bias is not NULL and k0 == 0 else NULL)
+                                    bias + j0 if bias is not NULL and k0 + k == K else NULL)
                     else:
                         split_slice(False, n, task_size, k, source, ars, acs,
                                     b + task * slice * bcs + k0 * brs, brs, bcs, packed, mine,
                                     c + j0 * ldc + task * slice, ldc,
                                     start + j0 * (ldadd if k0 == 0 else ldc) + task * slice if start is not NULL else NULL,
                                     ldadd if k0 == 0 else ldc,
-                                    bias + task * slice if bias is not NULL and k0 == 0 else NULL)
+                                    bias + task * slice if bias is not NULL and k0 + k == K else NULL)
                 cllm_split_end()
     return 0
 
 
 cdef inline Py_ssize_t plain_bytes(Py_ssize_t k) noexcept nogil:
-    """Scratch of `plain_block` for k steps: a panel of B and a block of A."""
-    return round_up((NV * VBYTES + round_up(GROUP, A_PANEL) * <Py_ssize_t>sizeof(float)) * k, 64)
+    """Scratch of `mixed_block` for k steps: sums, a panel of B, a block of A."""
+    return round_up((NV * VBYTES + round_up(GROUP, A_PANEL) * <Py_ssize_t>sizeof(float)) * k
+                    + GROUP * GROUP * <Py_ssize_t>sizeof(float), 64)
 
 
 cdef void split_slice(bint keep_b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t k, const float* a, Py_ssize_t ars,
@@ -421,24 +425,35 @@ cdef void split_slice(bint keep_b, Py_ssize_t M, Py_ssize_t N, Py_ssize_t k, con
             n = min(<Py_ssize_t>GROUP, N - j)
             left = mine + t * size if keep_b else packed + s * size
             right = packed + s * size if keep_b else mine + t * size
-            if cllm_split_fits(left, right, k):
+            if cllm_split_outside(left, k) == 0 and cllm_split_outside(right, k) == 0:
                 cllm_split_block(m, n, k, left, right, c + i * ldc + j, ldc,
                                  add + i * ldadd + j if add is not NULL else NULL, ldadd,
                                  bias + j if bias is not NULL else NULL)
             else:
-                plain_block(m, n, k, a + i * ars, ars, acs, b + j * bcs, brs, bcs, c + i * ldc + j, ldc,
-                            add + i * ldadd + j if add is not NULL else NULL, ldadd,
-                            bias + j if bias is not NULL else NULL, <float*>plain)
+                mixed_block(m, n, k, left, right, a + i * ars, ars, acs, b + j * bcs, brs, bcs, <float*>plain)
+                cllm_split_store(m, n, <float*>plain, c + i * ldc + j, ldc,
+                                 add + i * ldadd + j if add is not NULL else NULL, ldadd,
+                                 bias + j if bias is not NULL else NULL)
 
 
-cdef void plain_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const float* a, Py_ssize_t ars, Py_ssize_t acs,
-                      const float* b, Py_ssize_t brs, Py_ssize_t bcs, float* c, Py_ssize_t ldc, const float* add,
-                      Py_ssize_t ldadd, const float* bias, float* scratch) noexcept nogil:
-    """The block of a GROUP of rows and one of columns in vectors: for values that the tiles would lose."""
-    cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(float)
-    pack_panel(b, brs, bcs, k, n, width, scratch)
-    row_block(False, m, n, k, a, ars, acs, <const float*>scratch, width, 0, c, ldc, add, ldadd, bias,
-              scratch + width * k)
+cdef void mixed_block(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, const char* left, const char* right, const float* a,
+                      Py_ssize_t ars, Py_ssize_t acs, const float* b, Py_ssize_t brs, Py_ssize_t bcs,
+                      float* scratch) noexcept nogil:
+    """The product of two groups at the start of scratch (GROUP, GROUP); rows and columns out of range in vectors."""
+    cdef Py_ssize_t width = NV * VBYTES // <Py_ssize_t>sizeof(float), i
+    cdef float* panel = scratch + GROUP * GROUP
+    cdef float* block = panel + width * k
+    cdef unsigned int rows = cllm_split_outside(left, k), columns = cllm_split_outside(right, k)
+    cllm_split_sums(m, n, k, left, right, scratch)
+    pack_panel(b, brs, bcs, k, n, width, panel)
+    for i in range(m):
+        if rows >> i & 1:
+            row_block(False, 1, n, k, a + i * ars, ars, acs, panel, width, 0, scratch + i * GROUP, GROUP,
+                      <const float*>NULL, 0, <const float*>NULL, block)
+    for i in range(n):
+        if columns >> i & 1:
+            row_block(False, m, 1, k, a, ars, acs, panel + i, width, 0, scratch + i, GROUP,
+                      <const float*>NULL, 0, <const float*>NULL, block)
 
 
 cdef int product(cnp.ndarray a, bint a_transposed, cnp.ndarray b, bint b_transposed, cnp.ndarray out,
