@@ -26,6 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(steps, "GROWTH", {"C": (32, 64), "T": (8, 16), "L": (1, 2), "V": (11, 13)})
     monkeypatch.setattr(steps, "GROWTH_TOKENS", 16)
     monkeypatch.setattr(ceilings, "ELEMENTS", 1 << 16)
+    monkeypatch.setattr(ceilings, "UPDATED", 1 << 16)
     monkeypatch.setattr(ceilings, "FMA_SECONDS", 1e-5)
     monkeypatch.setattr(ceilings, "_rounds", {})
     monkeypatch.setattr(bench, "Effort", lambda rounds, seconds: QUICK)
@@ -229,7 +230,7 @@ def test_without_torch(small, no_torch, tmp_path, capsys):
     assert re.search(r"^baby +qkv +24x48x16 +\d+\.\d\d", out.replace("~", " "), re.MULTILINE)
     lines = [json.loads(line) for line in (tmp_path / "b/bench.jsonl").read_text().splitlines()]
     assert lines[0]["environment"]["instruction set"] == records.environment()["instruction set"]
-    assert len(lines) == 1 + 5 + 2 * 2 + 2 * 5 * 3 + 8
+    assert len(lines) == 1 + 6 + 2 * 2 + 2 * 5 * 3 + 8
     stems = {path.stem for path in (tmp_path / "b").glob("*.png")}
     assert stems == {"bench_products", "bench_growth", "bench_roofline"}
     assert (tmp_path / "b/table.txt").read_text(encoding="utf-8").startswith("CPU")
