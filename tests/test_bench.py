@@ -242,8 +242,8 @@ def test_a_second_bench_renews_its_rows_and_keeps_the_others(small, no_torch, tm
     bench.run(["step"], ["tiny"], threads=1, out=tmp_path)
     bench.run(["ceilings"], threads=1, out=tmp_path)
     _, rows = bench.load(tmp_path)
-    assert [row["case"] for row in rows][:5] == [row["case"] for row in before]
-    assert len(rows) == 5 + 2
+    assert [row["case"] for row in rows][:6] == [row["case"] for row in before]
+    assert len(rows) == 6 + 2
     capsys.readouterr()
 
 
@@ -259,7 +259,7 @@ def test_an_interrupted_bench_keeps_its_rows(small, no_torch, tmp_path, capsys, 
     with open(tmp_path / records.FILE, "a") as file:
         file.write('{"group": "ste')  # a line that was not finished
     _, rows = bench.load(tmp_path)
-    assert len(rows) == 5
+    assert len(rows) == 6
 
 
 def test_a_line_cut_off_by_a_kill_costs_nothing_else(tmp_path):
