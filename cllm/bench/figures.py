@@ -352,7 +352,7 @@ def roofline(rows):
 
 @_styled
 def growth(rows):
-    """Time a token as C, T, L and V grow, beside what the arithmetic alone takes at the machine's peak."""
+    """Time a token as C, T, L and V grow, beside what the arithmetic alone takes at the vector units' peak."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -375,7 +375,7 @@ def growth(rows):
         axes.plot(where, micros, "o-", color="C0", label="CLLM")
         if peaks and points:
             least = [row["flops"] / peaks[0] / 1e3 for row in points]
-            axes.plot(where, least, "--", color=CEILING, label="arithmetic at the machine's peak")
+            axes.plot(where, least, "--", color=CEILING, label="arithmetic at the vector units' peak")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(where))
