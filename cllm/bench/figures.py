@@ -352,7 +352,7 @@ def roofline(rows):
 
 @_styled
 def growth(rows):
-    """Time a token as C, T, L and V grow, beside what the arithmetic alone takes at the vector units' peak."""
+    """Time a token as C, T, L and V grow, beside what the arithmetic alone takes at vector units' peak."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
